@@ -1,0 +1,127 @@
+"""Incremental dumps of running Linux process trees, in images that CRIU reads.
+
+::
+
+    import incdump
+
+    first = await incdump.predump(pid, "images/1")
+    await incdump.predump(pid, "images/2", parent="../1")
+    result = await incdump.dump(pid, "images/3", parent="../2")
+    print(result.stats.pages_written, result.stats.frozen_time)
+
+    async with incdump.Session(pid) as session:     # keeps the tracking in this program
+        await session.predump("images/1")
+        await session.dump("images/2")
+
+    incdump.check("images/3")                       # proves the chain
+    incdump.ImagesDir("images/3").read(pid, address, 4096)
+
+Everything that can go wrong is an `IncdumpError`. Names are loaded when they are first used, so that a short command
+pays only for what it needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from incdump.engine.check import AgainstReport, check, check_against
+    from incdump.engine.dump import dump, predump
+    from incdump.engine.session import Session
+    from incdump.engine.untrack import untrack
+    from incdump.errors import (
+        AlreadyTraced,
+        BadImage,
+        BrokenChain,
+        CheckError,
+        FreezeTimeout,
+        HolderError,
+        ImagesDirInUse,
+        ImagesError,
+        ImagesIOError,
+        IncdumpError,
+        InjectionFailed,
+        NoSuchTarget,
+        ParentMismatch,
+        TargetDenied,
+        TargetError,
+        TargetExited,
+        TargetUnsuitable,
+        TrackerError,
+        TrackerLost,
+        TrackerUnavailable,
+        UnfinishedImages,
+    )
+    from incdump.images.chain import ChainReport
+    from incdump.images.images_dir import ImagesDir
+    from incdump.model.options import DumpOptions
+    from incdump.model.stats import DumpResult, DumpStats
+
+__version__ = "0.1.0.dev0"
+
+__all__ = (  # noqa: RUF022 - grouped by what they are for
+    # dumping
+    "predump",
+    "dump",
+    "untrack",
+    "Session",
+    "DumpOptions",
+    "DumpResult",
+    "DumpStats",
+    # images
+    "ImagesDir",
+    "check",
+    "check_against",
+    "ChainReport",
+    "AgainstReport",
+    # errors
+    "IncdumpError",
+    "TargetError",
+    "NoSuchTarget",
+    "TargetExited",
+    "TargetUnsuitable",
+    "TargetDenied",
+    "AlreadyTraced",
+    "FreezeTimeout",
+    "InjectionFailed",
+    "ImagesError",
+    "ImagesIOError",
+    "ImagesDirInUse",
+    "UnfinishedImages",
+    "BadImage",
+    "BrokenChain",
+    "ParentMismatch",
+    "TrackerError",
+    "TrackerUnavailable",
+    "TrackerLost",
+    "HolderError",
+    "CheckError",
+)
+
+_HOME = {
+    "predump": "incdump.engine.dump",
+    "dump": "incdump.engine.dump",
+    "untrack": "incdump.engine.untrack",
+    "Session": "incdump.engine.session",
+    "DumpOptions": "incdump.model.options",
+    "DumpResult": "incdump.model.stats",
+    "DumpStats": "incdump.model.stats",
+    "ImagesDir": "incdump.images.images_dir",
+    "check": "incdump.engine.check",
+    "check_against": "incdump.engine.check",
+    "ChainReport": "incdump.images.chain",
+    "AgainstReport": "incdump.engine.check",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME.get(name, "incdump.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

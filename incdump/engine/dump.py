@@ -1,0 +1,353 @@
+"""Pre-dumps and dumps: the stages joined.
+
+A pre-dump leaves the target running and may be torn: what was written meanwhile is in the next one. A dump freezes the
+tree first, so its images are one moment's memory.
+
+    pre-dump   tree ─▶ [per process: lease, register, get-and-clear ─▶ classify ─▶ write] ─▶ images ─▶ commit
+    dump       leases ─▶ freeze ─▶ [the same] ─▶ /proc facts ─▶ thaw ─▶ images ─▶ commit
+
+With soft-dirty, which must be read and reset while nothing moves, a pre-dump too freezes the tree for the scan.
+
+Any way out other than the last line gives back what was taken from the tracker and removes what was written; no await
+lies between the two, so no cancellation can come between them either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+
+from incdump.engine.metadata import Metadata
+from incdump.engine.parent import Parent
+from incdump.engine.pipeline import Pipeline, first_cause
+from incdump.engine.process import Means, ProcessDump, Warn
+from incdump.engine.segments import SegmentDump, find_segments
+from incdump.engine.threads import in_thread
+from incdump.engine.trackers import choose
+from incdump.errors import TargetExited, TrackerLost
+from incdump.freeze.seize import Freezer
+from incdump.holder.client import HolderKeeper
+from incdump.holder.wire import runtime_dir
+from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
+from incdump.images.new_dir import SIDECAR, NewImagesDir
+from incdump.images.stats import encode_stats
+from incdump.model.options import DumpOptions
+from incdump.model.runs import PAGE_SIZE
+from incdump.model.stats import DumpResult, DumpStats
+from incdump.proc.identity import boot_id
+from incdump.proc.pagemap import make_reader
+from incdump.proc.tree import check_target, process_tree
+from incdump.tracking import content, soft_dirty
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from incdump.engine.pipeline import PageOwner
+    from incdump.freeze.seize import Frozen
+    from incdump.holder.client import Keeper
+    from incdump.proc.tree import Task
+
+Kind = Literal["pre-dump", "dump"]
+
+
+async def predump(
+    pid: int,
+    images_dir: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
+    options: DumpOptions | None = None,
+    progress: Callable[[str, DumpStats], None] | None = None,
+) -> DumpResult:
+    """Dump a running process tree's memory, or what was written of it since the parent dump; the target runs on.
+
+    The images may be torn, and are meant as the parent of a later dump. Tracking is kept by the holder process; see
+    `incdump.Session` to keep it in this program.
+
+    :param pid: the root of the tree.
+    :param images_dir: where to; made if missing, refused if it holds images.
+    :param parent: the previous images dir, as CRIU's ``--prev-images-dir``: relative to `images_dir`, or absolute.
+    :param progress: called at every step with a word for it and the counters so far; must be quick.
+    :raises incdump.IncdumpError: nothing was written then that could be taken for a dump, the target runs on, and the
+        next dump against the same parent is right.
+    """
+    return await _with_holder("pre-dump", pid, images_dir, parent, options, progress)
+
+
+async def dump(
+    pid: int,
+    images_dir: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
+    options: DumpOptions | None = None,
+    progress: Callable[[str, DumpStats], None] | None = None,
+) -> DumpResult:
+    """Freeze a process tree and dump its memory, or what was written of it since the parent dump.
+
+    Parameters and errors are those of `predump`; ``options.afterwards`` says what becomes of the tree.
+    """
+    return await _with_holder("dump", pid, images_dir, parent, options, progress)
+
+
+async def _with_holder(
+    kind: Kind,
+    pid: int,
+    images_dir: str | os.PathLike[str],
+    parent: str | os.PathLike[str] | None,
+    options: DumpOptions | None,
+    progress: Callable[[str, DumpStats], None] | None,
+) -> DumpResult:
+    keeper = HolderKeeper()
+    try:
+        return await DumpRun(kind, pid, images_dir, parent, options or DumpOptions(), keeper, progress).run()
+    finally:
+        keeper.close()
+
+
+class DumpRun:
+    """One dump, from its checks to its result."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        pid: int,
+        images_dir: str | os.PathLike[str],
+        parent: str | os.PathLike[str] | None,
+        options: DumpOptions,
+        keeper: Keeper,
+        progress: Callable[[str, DumpStats], None] | None = None,
+    ) -> None:
+        self._kind: Kind = kind
+        self._pid = pid
+        self._path = images_dir
+        self._parent_text = None if parent is None else os.fspath(parent)
+        self._options = options
+        self._keeper = keeper
+        self._progress = progress
+        self._stats = DumpStats()
+        self._warn = Warn()
+        self._generation = secrets.token_hex(16)
+        self._processes: dict[tuple[int, int], ProcessDump] = {}
+        self._segments: list[SegmentDump] = []
+        self._gone: list[int] = []
+
+    def _tell(self, step: str) -> None:
+        if self._progress is not None:
+            self._progress(step, self._stats)
+
+    async def run(self) -> DumpResult:
+        """Do it; see `predump` and `dump`."""
+        began = time.monotonic_ns()
+        self._tell("checking")
+        self._root = await in_thread(check_target, self._pid)
+        self._tracker, self._reason = await in_thread(choose, self._options.tracker)
+        self._reader = await in_thread(make_reader, self._options.pagemap)
+        self._boot_id = boot_id()
+        images = NewImagesDir.create(self._path, self._parent_text)
+        try:
+            self._parent = None if images.parent is None else await in_thread(Parent, images.parent, self._boot_id)
+            if self._parent is not None:
+                self._parent.check_root(self._root)
+            self._means = self._make_means(images)
+            await self._dump(images)
+        except BaseException:
+            for process in self._processes.values():
+                process.give_back()
+            images.discard()
+            raise
+        finally:
+            for owner in self._all_owners():
+                owner.close()
+        self._stats.total_time = (time.monotonic_ns() - began) // 1000
+        return self._result(images)
+
+    def _make_means(self, images: NewImagesDir) -> Means:
+        log = soft_dirty.SoftDirtyLog(runtime_dir()) if self._tracker == soft_dirty.NAME else None
+        seed = None if self._parent is None else self._parent.seed
+        return Means(
+            images=images,
+            tracker=self._tracker,
+            reader=self._reader,
+            keeper=self._keeper,
+            soft_dirty_log=log,
+            rearm=self._kind == "pre-dump" or self._options.afterwards != "killed",
+            seed=content.new_seed() if seed is None else seed,
+            boot_id=self._boot_id,
+            warn=self._warn,
+            stats=self._stats,
+        )
+
+    # -- the two kinds of dump ------------------------------------------------------------------------------------
+
+    async def _dump(self, images: NewImagesDir) -> None:
+        freezes = self._kind == "dump" or self._tracker == soft_dirty.NAME
+        async with AsyncExitStack() as stack:
+            if freezes:
+                await in_thread(self._prepare_tree)
+                freezer = await stack.enter_async_context(Freezer(timeout=self._options.freeze_timeout))
+                self._tell("freezing")
+                frozen = await freezer.freeze(self._pid)
+                self._gone.extend(frozen.exited)
+                await in_thread(self._prepare_tree, True)
+                if self._kind == "pre-dump":
+                    await in_thread(self._collect_all)
+                    await freezer.thaw()
+                    self._note_frozen(frozen, freezer.frozen_time)
+            self._tell("dumping")
+            self._uptime = _uptime()
+            metadata = await self._transfer()
+            if self._kind == "dump":
+                frozen_time = (time.monotonic_ns() - frozen.frozen_at) // 1000  # so far, if it is to stay stopped
+                if self._options.afterwards == "running":
+                    await freezer.thaw()
+                    frozen_time = freezer.frozen_time
+                self._note_frozen(frozen, frozen_time)
+            self._tell("finishing")
+            await in_thread(self._finish, images, metadata)
+            if self._kind == "dump" and self._options.afterwards != "running":
+                await freezer.thaw(self._options.afterwards)
+        self._commit()
+
+    def _note_frozen(self, frozen: Frozen, frozen_time: int) -> None:
+        self._stats.freezing_time = frozen.freezing_time
+        self._stats.frozen_time = frozen_time
+        self._stats.stopped_time += frozen.freezing_time + frozen_time
+
+    async def _transfer(self) -> Metadata | None:
+        """Copy all pages; of a dump also read, side by side with that, what there is to know beside them."""
+        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
+        metadata: list[Metadata] = []
+
+        async def read_metadata() -> None:
+            tasks = [p.task for p in self._processes.values()]
+            metadata.append(await in_thread(Metadata.read, tasks))
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                if self._kind == "dump":
+                    tasks.start_soon(read_metadata)
+                await pipeline.run(self._owners())
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+        root = self._processes.get((self._root.pid, self._root.start_time))
+        if root is None or root.exited:
+            raise TargetExited(
+                f"process {self._pid} exited, or replaced its program, while it was being dumped", pid=self._pid
+            )
+        return metadata[0] if metadata else None
+
+    def _owners(self) -> Iterator[PageOwner]:
+        """Processes, then the segments that they share. Runs in the reader's thread."""
+        if not self._processes:
+            self._prepare_tree(one_by_one=True)
+        for process in list(self._processes.values()):
+            if not process.prepared:
+                self._prepare(process)
+            yield process
+        self._segments = find_segments([p for p in self._processes.values() if not p.exited], self._means, self._parent)
+        yield from self._segments
+
+    def _all_owners(self) -> list[ProcessDump | SegmentDump]:
+        return [*self._processes.values(), *self._segments]
+
+    # -- processes ------------------------------------------------------------------------------------------------
+
+    def _prepare_tree(self, frozen: bool = False, *, one_by_one: bool = False) -> None:
+        """Take up every process of the tree that is not yet known.
+
+        :param frozen: the tree is stopped; nothing can be injected into a process that turns up only now.
+        :param one_by_one: leave it to the caller to prepare them.
+        """
+        tasks = [task for task in process_tree(self._pid) if task.state != "Z"]
+        known = {(task.pid, task.start_time): task for task in tasks}
+        for key in [key for key in self._processes if key not in known]:
+            gone = self._processes.pop(key)
+            self._gone.append(gone.task.pid)
+            gone.close()
+        for key, task in known.items():
+            if key in self._processes:
+                self._processes[key].task = task
+                continue
+            parent = None if self._parent is None else self._parent.process(task)
+            self._processes[key] = ProcessDump(task, self._means, parent)
+            if not one_by_one:
+                self._prepare(self._processes[key], frozen)
+
+    def _prepare(self, process: ProcessDump, frozen: bool = False) -> None:
+        process.prepare(borrow=not frozen)
+        if self._parent is None or process.incremental or process.exited:
+            return
+        if process.task.pid != self._pid and self._parent.process(process.task) is None:
+            return  # a process that is new since the parent
+        why = f"the tracker ({self._tracker}) cannot tell what process {process.task.pid} wrote since {self._parent.path}"
+        if self._options.require_incremental:
+            raise TrackerLost(f"{why}; dump without --prev-images-dir", pid=process.task.pid, path=self._parent.path)
+        self._warn(f"{why}: all of it is dumped")
+
+    def _collect_all(self) -> None:
+        for process in self._processes.values():
+            process.collect()
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:
+        """Write all that is left, inventory.img last."""
+        for owner in self._all_owners():
+            owner.finish()
+        self._stats.bytes_written = (self._stats.pages_written + self._stats.shpages_written) * PAGE_SIZE
+        if metadata is not None:
+            metadata.write(images)
+        images.write_raw("stats-dump", encode_stats(self._stats))
+        images.write_raw(SIDECAR, json.dumps(self._meta()).encode())
+        encode = encode_dump_inventory if self._kind == "dump" else encode_pre_dump_inventory
+        images.finish(encode(self._uptime))
+
+    def _commit(self) -> None:
+        """The images are complete. No await: a cancellation could come between one process and the next."""
+        if self._means.rearm:
+            for process in self._processes.values():
+                if not process.exited:
+                    process.commit(self._generation)
+
+    def _meta(self) -> dict[str, object]:
+        alive = [p for p in self._processes.values() if not p.exited]
+        return {
+            "version": 1,
+            "kind": self._kind,
+            "boot_id": self._boot_id,
+            "root": self._root.vpid,
+            "tracker": self._tracker,
+            "generation": self._generation,
+            "hash_seed": self._means.seed,
+            "processes": {str(p.task.vpid): p.meta(self._generation) for p in alive},
+        }
+
+    def _result(self, images: NewImagesDir) -> DumpResult:
+        processes = list(self._processes.values())
+        root = self._processes[(self._root.pid, self._root.start_time)]
+        exited = [*self._gone, *(p.task.pid for p in processes if p.exited)]
+        return DumpResult(
+            images_dir=str(images.path),
+            parent=None if images.parent is None else str(images.parent),
+            pid=self._pid,
+            pids=[p.task.pid for p in processes if not p.exited],
+            exited=sorted(set(exited)),
+            tracker=self._tracker,
+            tracker_reason=self._reason,
+            pagemap=self._reader.name,
+            generation=self._generation,
+            incremental=root.incremental,
+            stats=self._stats,
+            warnings=self._warn.lines,
+        )
+
+
+def _uptime() -> int:
+    """Microseconds since boot, from /proc/uptime: 10 ms granularity, as CRIU has it."""
+    with open("/proc/uptime", encoding="ascii") as file:
+        return round(float(file.read().split()[0]) * 100) * 10_000

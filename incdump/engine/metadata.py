@@ -1,0 +1,106 @@
+"""What a dump writes beside pages, so that they can be understood without the process.
+
+Everything is read from /proc while the tree is frozen, beside the copying of pages, and encoded when it runs again:
+pstree.img, mm-PID.img with every mapping, files.img with the executables and mapped files, memfd.img.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump import kerndat
+from incdump._uapi.arch import ARCH
+from incdump._uapi.pagemap_scan import pagemap_scan
+from incdump.errors import NoSuchTarget, TargetExited
+from incdump.images.files import FileTable
+from incdump.images.mm import encode_mm
+from incdump.images.pstree import encode_pstree
+from incdump.model.regions import PageIs
+from incdump.model.runs import canonical, empty_runs
+from incdump.proc.maps import read_vmas
+from incdump.proc.mm_info import read_mm_info
+from incdump.proc.shmem import find_segments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from incdump.images.files import MappedFiles
+    from incdump.images.new_dir import NewImagesDir
+    from incdump.model.mm import MmInfo
+    from incdump.model.runs import Runs
+    from incdump.model.vmas import VmaTable
+    from incdump.proc.tree import Task
+
+_GUARD_REGIONS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """One process, as /proc shows it."""
+
+    task: Task
+    info: MmInfo
+    vmas: VmaTable
+    files: MappedFiles
+    guards: Runs
+
+
+class Metadata:
+    """The facts about a frozen tree; `read` gathers them, `write` makes images of them."""
+
+    def __init__(self, tasks: Sequence[Task], snapshots: list[_Snapshot], files: FileTable) -> None:
+        self._tasks = tasks
+        self._snapshots = snapshots
+        self._files = files
+
+    @classmethod
+    def read(cls, tasks: Sequence[Task]) -> Metadata:
+        """Ask /proc. Blocks; the tree is frozen meanwhile.
+
+        :param tasks: the processes that are dumped, the root first. One that is killed meanwhile is left out.
+        """
+        tables: dict[int, VmaTable] = {}
+        for task in tasks:
+            try:
+                tables[task.pid] = read_vmas(task.pid, flags=True)
+            except (TargetExited, NoSuchTarget):
+                continue
+        files = FileTable(find_segments(tables))
+        snapshots = []
+        for task in tasks:
+            try:
+                vmas = tables[task.pid]
+                mapped = files.add_process(task.pid, vmas)
+                snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, _guard_regions(task.pid, vmas)))
+            except (KeyError, OSError, TargetExited, NoSuchTarget):
+                continue
+        return cls([s.task for s in snapshots], snapshots, files)
+
+    def write(self, images: NewImagesDir) -> None:
+        """Write the images. Blocks."""
+        images.write_raw("pstree.img", encode_pstree(self._tasks))
+        for s in self._snapshots:
+            images.write_raw(f"mm-{s.task.vpid}.img", encode_mm(s.info, s.vmas, s.files, s.guards))
+        images.write_raw("files.img", self._files.encode_files())
+        images.write_raw("memfd.img", self._files.encode_memfds())
+
+
+def _guard_regions(pid: int, vmas: VmaTable) -> Runs:
+    """The guard regions (MADV_GUARD_INSTALL) of a process, where the kernel can tell them."""
+    if not kerndat.pagemap_scan_guard().works or not len(vmas):
+        return empty_runs()
+    vec = np.empty((_GUARD_REGIONS, 3), np.uint64)
+    found = [empty_runs()]
+    start, end = 0, int(vmas.end[vmas.end <= np.uint64(ARCH.task_size)][-1])
+    fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while start < end:
+            count, start = pagemap_scan(fd, start, end, vec, mask=PageIs.GUARD, returned=PageIs.GUARD)
+            found.append(vec[:count, :2].copy())
+    finally:
+        os.close(fd)
+    return canonical(np.concatenate(found))

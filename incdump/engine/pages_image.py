@@ -1,0 +1,144 @@
+"""One pagemap and its pages image, while they are being filled."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump.images.pagemap import encode_pagemap
+from incdump.model.regions import split_at
+from incdump.model.runs import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PE_PRESENT,
+    canonical,
+    empty_regions,
+    empty_runs,
+    member,
+    page_addresses,
+)
+from incdump.page_pipe import Chunk, cut
+from incdump.tracking.content import hash_pages
+from incdump.xfer.local import close_gaps, write_chunk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from incdump.images.new_dir import NewImagesDir
+    from incdump.model.runs import Entries, Runs
+    from incdump.tracking.content import HashCollector
+    from incdump.xfer.local import PageSource
+
+
+class PagesImage:
+    """The pages of one process or segment on their way to disk.
+
+    Entries are appended in ascending order by one task; chunks of them are written by several.
+    """
+
+    def __init__(self, images: NewImagesDir, name: str) -> None:
+        self.name = name
+        self._images = images
+        self._pages_id = images.next_pages_id()
+        self._path = str(images.path / f"pages-{self._pages_id}.img")
+        self._fd = images.open_pages(self._pages_id)
+        self._entries: list[Entries] = []
+        self._failed: list[Runs] = []
+        self.nr_pages = 0
+
+    def append(self, entries: Entries) -> Iterator[Chunk]:
+        """Fix the place of every page of these entries, and cut them into chunks to be written."""
+        first = self.nr_pages
+        self._entries.append(entries)
+        self.nr_pages += int(entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0, 1].sum())
+        return cut(entries, first)
+
+    def write(
+        self,
+        chunk: Chunk,
+        source: PageSource,
+        buffer: NDArray[np.uint8],
+        hashes: tuple[HashCollector, Runs] | None,
+    ) -> None:
+        """Copy one chunk; called from several threads.
+
+        :param hashes: where to note the hashes of what was written, and for which pages; or None.
+        :raises incdump.errors.ImagesIOError: the image cannot be written.
+        """
+        failed = write_chunk(self._fd, chunk, source, buffer, self._path)
+        if len(failed):
+            self._failed.append(failed)
+        if hashes is not None:
+            _note_hashes(chunk, buffer, *hashes)
+
+    def failed(self) -> Runs:
+        """The pages that could not be read."""
+        return canonical(np.concatenate(self._failed)) if self._failed else empty_runs()
+
+    def finish(self) -> int:
+        """Close up the places of pages that could not be read, and write the pagemap. Blocks.
+
+        :returns: pages in the image.
+        """
+        entries = np.concatenate(self._entries) if self._entries else empty_regions()
+        failed = self.failed()
+        if len(failed):
+            entries, gaps = without(entries, failed)
+            self.nr_pages = close_gaps(self._fd, gaps, self.nr_pages, self._path)
+        self._images.write_raw(self.name, encode_pagemap(self._pages_id, merge_entries(entries)))
+        return self.nr_pages
+
+    def discard(self) -> None:
+        """Remove the pages image: what it belongs to is gone. There will be no pagemap."""
+        self._images.remove(f"pages-{self._pages_id}.img")
+        self.nr_pages = 0
+
+    def close(self) -> None:
+        """Close the pages image's descriptor; no writer may be at work any more."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _note_hashes(chunk: Chunk, buffer: NDArray[np.uint8], collector: HashCollector, wanted: Runs) -> None:
+    addresses = page_addresses(chunk.runs)
+    chosen = member(wanted, addresses)
+    if chosen.any():
+        pages = buffer[: chunk.nr_pages * PAGE_SIZE].reshape(-1, PAGE_SIZE)
+        kept = pages if chosen.all() else pages[chosen]
+        collector.add(addresses[chosen], hash_pages(kept.reshape(-1), collector.seed))
+
+
+def without(entries: Entries, failed: Runs) -> tuple[Entries, Runs]:
+    """Take pages out of an entry table.
+
+    :returns: what is left, and the byte ranges of the pages image that fall away.
+    """
+    ends = entries[:, 0] + (entries[:, 1] << np.uint64(PAGE_SHIFT))
+    table = np.stack((entries[:, 0], ends, entries[:, 2]), axis=1)
+    pieces = split_at(table, failed.ravel())
+    sizes = pieces[:, 1] - pieces[:, 0]
+    present = (pieces[:, 2] & np.uint64(PE_PRESENT)) != 0
+    offsets = np.cumsum(np.where(present, sizes, np.uint64(0)))
+    gone = member(failed, pieces[:, 0]) & present
+    gaps = canonical(np.stack((offsets[gone] - sizes[gone], offsets[gone]), axis=1))
+    left = pieces[~gone]
+    rest = np.stack((left[:, 0], (left[:, 1] - left[:, 0]) >> np.uint64(PAGE_SHIFT), left[:, 2]), axis=1)
+    return rest, gaps
+
+
+def merge_entries(entries: Entries) -> Entries:
+    """Entries that touch and have the same flags become one."""
+    if len(entries) < 2:
+        return entries
+    ends = entries[:, 0] + (entries[:, 1] << np.uint64(PAGE_SHIFT))
+    new = np.concatenate(([True], (entries[1:, 0] != ends[:-1]) | (entries[1:, 2] != entries[:-1, 2])))
+    starts = np.flatnonzero(new)
+    last = ends[np.append(starts[1:], len(entries)) - 1]
+    return np.stack((entries[starts, 0], (last - entries[starts, 0]) >> np.uint64(PAGE_SHIFT), entries[starts, 2]), axis=1)
+
+

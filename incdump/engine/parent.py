@@ -1,0 +1,95 @@
+"""What the parent images say, proved before it is trusted."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from incdump.engine.process import ParentImages
+from incdump.errors import ParentMismatch
+from incdump.images.chain import check_chain
+from incdump.images.images_dir import ImagesDir
+from incdump.tracking.content import HashTable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from incdump.proc.tree import Task
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Parent:
+    """A finished, proven parent images dir.
+
+    :raises incdump.errors.ImagesError: it, or an images dir above it, is unfinished, damaged or missing.
+    """
+
+    def __init__(self, path: Path, boot_id: str) -> None:
+        self.path = path
+        self._images = ImagesDir(path)
+        check_chain(self._images)
+        self._boot_id = boot_id
+        self._uptime = self._images.inventory().dump_uptime
+        meta = self._images.meta()
+        self._processes: dict[str, Any] | None = None if meta is None else meta.get("processes", {})
+        self.seed = None if meta is None else meta.get("hash_seed")
+
+    def check_root(self, root: Task) -> None:
+        """Refuse a parent that does not hold this very process.
+
+        :raises incdump.errors.ParentMismatch: it holds another, or an earlier one of the same pid.
+        """
+        if self._images.pagemap(root.vpid) is None:
+            held = ", ".join(map(str, self._images.pids()[:5])) or "none"
+            raise ParentMismatch(
+                f"{self.path} holds no process {root.vpid} (but {held}): give the images dir of this target, or dump "
+                "without --prev-images-dir",
+                pid=root.pid,
+                path=self.path,
+            )
+        if not self._is_same(root):
+            raise ParentMismatch(
+                f"{self.path} holds an earlier process that had pid {root.vpid}: dump without --prev-images-dir",
+                pid=root.pid,
+                path=self.path,
+            )
+
+    def _is_same(self, task: Task) -> bool:
+        if self._processes is None:
+            # CRIU's own check: a process that started after the dump cannot be in it.
+            return self._uptime is None or task.start_time < self._uptime * _TICKS // 1_000_000
+        entry = self._processes.get(str(task.vpid))
+        return (
+            isinstance(entry, dict)
+            and entry.get("start_time") == task.start_time
+            and entry.get("boot_id", self._boot_id) == self._boot_id
+        )
+
+    def process(self, task: Task) -> ParentImages | None:
+        """What is known of one process; None if the parent has nothing of it, or of an earlier one of its pid."""
+        if self._images.pagemap(task.vpid) is None or not self._is_same(task):
+            return None
+        entry = (self._processes or {}).get(str(task.vpid), {})
+        return ParentImages(
+            covered=self._images.covered(task.vpid),
+            generation=entry.get("generation"),
+            tracker=entry.get("tracker"),
+            uptime=self._uptime if self._processes is None else None,
+            hashes=self._hashes(f"incdump-hashes-{task.vpid}"),
+        )
+
+    def segment(self, shmem_id: int) -> ParentImages | None:
+        """What is known of one shared memory segment."""
+        if self._processes is None or self._images.shmem_pagemap(shmem_id) is None:
+            return None
+        hashes = self._hashes(f"incdump-hashes-shmem-{shmem_id}")
+        return None if hashes is None else ParentImages(covered=hashes.known(), hashes=hashes)
+
+    def _hashes(self, name: str) -> HashTable | None:
+        path = self.path / name
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        return HashTable.decode(data, str(path))

@@ -1,0 +1,171 @@
+"""The task graph of a dump.
+
+    read_windows ──▶ classify_windows ──▶ write_chunks × N
+      (thread)          (event loop)        (threads)
+
+Each arrow is a bounded anyio memory object stream, so a slow disk holds the readers back and memory use does not grow
+with the target. All processes and segments of a dump go through one graph, one after the other: while the last pages of
+one are being written, the next is being scanned.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import anyio
+
+from incdump.engine.threads import in_thread
+from incdump.errors import NoSuchTarget, TargetExited
+from incdump.page_pipe import CHUNK_PAGES
+from incdump.xfer.local import make_buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import numpy as np
+    from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+    from numpy.typing import NDArray
+
+    from incdump.classify import Classified
+    from incdump.model.regions import Window
+    from incdump.model.stats import DumpStats
+    from incdump.page_pipe import Chunk
+
+WINDOWS_AHEAD = 2
+"""Windows read while one is classified."""
+CHUNKS_AHEAD = 8
+"""Chunks classified while the writers are busy; they hold addresses, not pages."""
+
+
+class PageOwner(Protocol):
+    """A process or a segment whose pages are dumped.
+
+    :ivar exited: set when it turns out to be gone; what is left to do for it is then passed over.
+    """
+
+    exited: bool
+
+    def windows(self) -> Iterator[Window]:
+        """What is populated, and what was written. Called, and drawn on, in a worker thread."""
+
+    def classify(self, window: Window) -> Classified:
+        """Decide what becomes of a window's pages."""
+
+    def chunks(self, classified: Classified) -> Iterator[Chunk]:
+        """Fix the pages' places in the image."""
+
+    def write(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
+        """Copy a chunk. Called in worker threads, several at once."""
+
+    def count(self, classified: Classified, stats: DumpStats) -> None:
+        """Add a window to the counters."""
+
+
+class Pipeline:
+    """One run of the graph over a number of owners."""
+
+    def __init__(self, writers: int, stats: DumpStats, progress: Callable[[], None]) -> None:
+        self._writers = writers
+        self._stats = stats
+        self._progress = progress
+        self._busy = 0.0
+        self._first_write = self._last_write = 0.0
+        self._reading = anyio.CapacityLimiter(1)
+        self._writing = anyio.CapacityLimiter(writers)
+
+    async def run(self, owners: Iterable[PageOwner]) -> None:
+        """Dump all pages of all owners.
+
+        :param owners: drawn on in the reader's thread: preparing an owner may block.
+        :raises incdump.errors.IncdumpError: of the stage that failed first; nothing is running any more then.
+        """
+        windows_in, windows_out = anyio.create_memory_object_stream[tuple[PageOwner, "Window"]](WINDOWS_AHEAD)
+        chunks_in, chunks_out = anyio.create_memory_object_stream[tuple[PageOwner, "Chunk"]](CHUNKS_AHEAD)
+        began = time.perf_counter()
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._read_windows, owners, windows_in)
+                tasks.start_soon(self._classify_windows, windows_out, chunks_in)
+                for _ in range(self._writers):
+                    tasks.start_soon(self._write_chunks, chunks_out.clone())
+                chunks_out.close()
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+        finally:
+            self._stats.scan_time += int(self._busy * 1e6)
+            self._stats.memdump_time += int((time.perf_counter() - began) * 1e6)
+            self._stats.memwrite_time += int((self._last_write - self._first_write) * 1e6)
+
+    async def _read_windows(
+        self, owners: Iterable[PageOwner], out: MemoryObjectSendStream[tuple[PageOwner, Window]]
+    ) -> None:
+        with out:
+            source = _all_windows(owners)
+            while True:
+                item, seconds = await in_thread(_timed_next, source, limiter=self._reading)
+                self._busy += seconds
+                if item is None:
+                    return
+                await out.send(item)
+
+    async def _classify_windows(
+        self,
+        windows: MemoryObjectReceiveStream[tuple[PageOwner, Window]],
+        out: MemoryObjectSendStream[tuple[PageOwner, Chunk]],
+    ) -> None:
+        with windows, out:
+            async for owner, window in windows:
+                started = time.perf_counter()
+                classified = owner.classify(window)
+                owner.count(classified, self._stats)
+                chunks = list(owner.chunks(classified))
+                self._busy += time.perf_counter() - started
+                for chunk in chunks:
+                    self._stats.page_pipes += 1
+                    self._stats.page_pipe_bufs += len(chunk.runs)
+                    await out.send((owner, chunk))
+
+    async def _write_chunks(self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]]) -> None:
+        buffer = make_buffer(CHUNK_PAGES)
+        with chunks:
+            async for owner, chunk in chunks:
+                self._first_write = self._first_write or time.perf_counter()
+                await in_thread(_write, owner, chunk, buffer, limiter=self._writing)
+                self._last_write = time.perf_counter()
+                self._progress()
+
+
+def _all_windows(owners: Iterable[PageOwner]) -> Iterator[tuple[PageOwner, Window]]:
+    for owner in owners:
+        try:
+            for window in owner.windows():
+                if owner.exited:
+                    break
+                yield owner, window
+        except (TargetExited, NoSuchTarget):
+            owner.exited = True
+
+
+def _timed_next(source: Iterator[tuple[PageOwner, Window]]) -> tuple[tuple[PageOwner, Window] | None, float]:
+    started = time.perf_counter()
+    item = next(source, None)
+    return item, time.perf_counter() - started
+
+
+def _write(owner: PageOwner, chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
+    if owner.exited:
+        return
+    try:
+        owner.write(chunk, buffer)
+    except TargetExited:
+        owner.exited = True
+
+
+def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The exception that made the graph fail: the first that is not a cancellation's echo."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return first_cause(error)
+        return error
+    return group

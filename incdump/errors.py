@@ -1,0 +1,168 @@
+"""Everything that can go wrong, as one tree of exceptions.
+
+An error carries what happened as data (``pid``, ``vaddr``, ``path``, ``errno``); the text is one line for a person:
+what happened, then what to do about it. Each branch of the tree has an exit code, which the commands return:
+
+=====  ==========================  ==================================================================
+code   class                       meaning
+=====  ==========================  ==================================================================
+0                                  success
+1      `IncdumpError`              failure with no better class
+2                                  wrong usage (the command line itself)
+3      `TargetError`               the target cannot be dumped: it is gone, not ours, traced by another
+4      `ImagesError`               the images dir or the parent chain cannot be used
+5      `TrackerError`              no dirty tracking where it was required
+6      `CheckError`                ``incdump check`` found the chain, or a page, wrong
+=====  ==========================  ==================================================================
+
+Whatever is raised, the target runs on.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+__all__ = (
+    "AlreadyTraced",
+    "BadImage",
+    "BrokenChain",
+    "CheckError",
+    "FreezeTimeout",
+    "HolderError",
+    "ImagesDirInUse",
+    "ImagesError",
+    "ImagesIOError",
+    "IncdumpError",
+    "InjectionFailed",
+    "NoSuchTarget",
+    "ParentMismatch",
+    "TargetDenied",
+    "TargetError",
+    "TargetExited",
+    "TargetUnsuitable",
+    "TrackerError",
+    "TrackerLost",
+    "TrackerUnavailable",
+    "UnfinishedImages",
+)
+
+
+class IncdumpError(Exception):
+    """Base of all errors that incdump raises on purpose.
+
+    :ivar pid: the process concerned, or None.
+    :ivar vaddr: the address concerned (bytes), or None.
+    :ivar path: the file or directory concerned, or None.
+    :ivar errno: the kernel's error number, or None.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pid: int | None = None,
+        vaddr: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.vaddr = vaddr
+        self.path = None if path is None else os.fspath(path)
+        self.errno = errno
+
+    @property
+    def errno_name(self) -> str | None:
+        """The symbolic name of `errno` (``"ENOSPC"``), or None."""
+        return None if self.errno is None else _errno.errorcode.get(self.errno, str(self.errno))
+
+
+class TargetError(IncdumpError):
+    """The target process cannot be dumped."""
+
+    exit_code = 3
+
+
+class NoSuchTarget(TargetError):
+    """There is no process of that pid."""
+
+
+class TargetExited(TargetError):
+    """The target exited while it was being dumped."""
+
+
+class TargetUnsuitable(TargetError):
+    """The process has no memory of its own to dump: a kernel thread, a zombie, or incdump itself."""
+
+
+class TargetDenied(TargetError):
+    """The kernel does not let this user look into the target."""
+
+
+class AlreadyTraced(TargetError):
+    """A debugger (or another dumper) is attached to the target."""
+
+
+class FreezeTimeout(TargetError):
+    """Some thread of the tree could not be stopped in time."""
+
+
+class InjectionFailed(TargetError):
+    """The one system call that tracking needs could not be run in the target; its registers were put back."""
+
+
+class ImagesError(IncdumpError):
+    """An images dir cannot be read or written."""
+
+    exit_code = 4
+
+
+class ImagesIOError(ImagesError):
+    """Reading or writing an images dir failed (no permission, disk full, I/O error)."""
+
+
+class ImagesDirInUse(ImagesError):
+    """The directory meant for a new dump already holds images."""
+
+
+class UnfinishedImages(ImagesError):
+    """The directory holds no inventory.img: its dump never ended."""
+
+
+class BadImage(ImagesError):
+    """A file is not the image that its name says, or is damaged."""
+
+
+class BrokenChain(ImagesError):
+    """A page is promised to be in a parent that does not have it, or a parent directory is missing."""
+
+
+class ParentMismatch(ImagesError):
+    """The parent holds another process (or an earlier process of the same pid)."""
+
+
+class TrackerError(IncdumpError):
+    """What was written since the parent dump is not known."""
+
+    exit_code = 5
+
+
+class TrackerUnavailable(TrackerError):
+    """The tracker that was asked for does not work on this kernel or for this user."""
+
+
+class TrackerLost(TrackerError):
+    """``--require-incremental``: the tracker's generation is not the parent's."""
+
+
+class HolderError(TrackerError):
+    """The holder process, which keeps userfaultfds between commands, cannot be started or reached."""
+
+
+class CheckError(IncdumpError):
+    """``incdump check`` found something wrong."""
+
+    exit_code = 6

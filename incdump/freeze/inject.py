@@ -1,0 +1,410 @@
+"""One system call, userfaultfd(2), made by a thread of the target: how its address space gets a userfaultfd.
+
+The steps, all in a thread of our own that ends afterwards (the kernel then lets go of whatever it still traces):
+
+1. Before anything is stopped: choose the thread, find a system call instruction in the vDSO, open a pidfd.
+2. PTRACE_SEIZE and PTRACE_INTERRUPT it. A signal on its way to it is delivered first: its handler's frame is set up, no
+   instruction of it runs. A stopped (SIGSTOP) target stays stopped to everybody else.
+3. Save registers and signal mask; block all signals.
+4. Go to the instruction with the number and arguments in registers, up to the exit of the call (PTRACE_SYSCALL: unlike
+   single-stepping it sends no SIGTRAP, which would reset a handler that the target has blocked or ignores).
+5. Copy the descriptor with pidfd_getfd(2), and have the thread close its own with a second call.
+6. Put everything back, detach. The kernel looks at the registers again on the way out, and restarts the system call
+   that the stop interrupted, if it was in one.
+
+A thread stopped inside a restartable sequence goes on at that sequence's abort handler, which is where the kernel
+sends every thread that was taken off its processor there. A wait that the stop made fail with EINTR, and that
+had no timeout, waits again (`incdump._uapi.arch.Arch.spare_eintr`).
+
+On aarch64 the kernel has already rewound an interrupted call when a tracer gets to see it; a signal that comes while
+the thread is ours finds it before the call, which then starts again after the handler.
+
+Nothing here may be loaded with NumPy or anyio: the small holder process uses it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from incdump._uapi import ptrace
+from incdump._uapi.arch import ARCH
+from incdump._uapi.pidfd import open_for_thread, pidfd_getfd
+from incdump.errors import (
+    AlreadyTraced,
+    IncdumpError,
+    InjectionFailed,
+    NoSuchTarget,
+    TargetDenied,
+    TargetExited,
+    TargetUnsuitable,
+)
+from incdump.freeze.choice import Candidate, candidates, find_instruction, is_gone, read_status
+from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, wait_for_stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STOP_TIMEOUT = 1.0
+"""Seconds to wait for one thread to stop, before another is tried."""
+CALL_TIMEOUT = 5.0
+"""Seconds to wait for an injected call, before it is given up and the registers are put back."""
+
+_UFFD_LINK = "anon_inode:[userfaultfd]"
+
+
+class _Unstoppable(Exception):
+    """The thread did not stop in time, or has exited: another may do."""
+
+
+def inject_userfaultfd(pid: int, flags: int, *, on_stopped: Callable[[], None] | None = None) -> tuple[int, int]:
+    """Have process `pid` create a userfaultfd for its address space, and take it over.
+
+    :param flags: of userfaultfd(2): ``O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY``.
+    :param on_stopped: called when the thread stands still and nothing has been changed yet; what it raises, this raises.
+    :returns: the descriptor, close-on-exec, which the caller closes; and the microseconds for which one thread of the
+        target was kept from running.
+    :raises NoSuchTarget: there is no such process.
+    :raises TargetExited: it exited meanwhile.
+    :raises TargetUnsuitable: a kernel thread, a zombie, a 32-bit process, this very process.
+    :raises TargetDenied: not allowed to trace it.
+    :raises AlreadyTraced: somebody else traces it.
+    :raises InjectionFailed: it could not be stopped, or the call failed (``errno``); its registers are its own again.
+    """
+    if pid == os.getpid():
+        raise TargetUnsuitable(f"process {pid} is this very process: it needs no injection", pid=pid)
+    work = _Work(pid, flags, on_stopped)
+    thread = threading.Thread(target=work.run, name=f"inject-{pid}", daemon=True)
+    thread.start()
+    _join(thread)
+    if work.error is not None:
+        raise work.error
+    return work.fd, work.stopped
+
+
+def _join(thread: threading.Thread) -> None:
+    """Wait for a thread to its very end, whatever is raised meanwhile (KeyboardInterrupt), and raise that then."""
+    interrupted: BaseException | None = None
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as e:
+            interrupted = e
+    if interrupted is not None:
+        raise interrupted
+
+
+class _Work:
+    """What the thread does, and what came of it."""
+
+    def __init__(self, pid: int, flags: int, on_stopped: Callable[[], None] | None) -> None:
+        self.pid = pid
+        self.flags = flags
+        self.on_stopped = on_stopped
+        self.fd = -1
+        self.stopped = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """The body of the thread. Signals are for others; the garbage collector rests while the target waits."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            self._try_each()
+        except BaseException as e:
+            self.error = e
+        finally:
+            if collects:
+                gc.enable()
+
+    def _try_each(self) -> None:
+        """Try the threads of the target, the best one first, until one has done it."""
+        for candidate in candidates(self.pid):
+            try:
+                self._try(candidate)
+                return
+            except _Unstoppable:
+                continue
+        if is_gone(self.pid, self.pid):
+            raise TargetExited(f"process {self.pid} exited", pid=self.pid)
+        raise InjectionFailed(
+            f"no thread of process {self.pid} stopped within {STOP_TIMEOUT:g} s: is its cgroup frozen, or its disk gone?",
+            pid=self.pid,
+        )
+
+    def _try(self, candidate: Candidate) -> None:
+        """Do it with one thread."""
+        at = find_instruction(self.pid, candidate.tid)
+        pidfd = _open_pidfd(self.pid, candidate.tid)
+        try:
+            thread = _seize(self.pid, candidate, at)
+            began = time.monotonic_ns()
+            try:
+                thread.stop()
+                if self.on_stopped is not None:
+                    self.on_stopped()
+                fd, problem = thread.make_userfaultfd(pidfd, self.flags)
+            finally:
+                thread.let_go()
+                self.stopped = (time.monotonic_ns() - began) // 1000
+        finally:
+            os.close(pidfd)
+        self.fd = self._checked(fd, problem)
+
+    def _checked(self, fd: int, problem: str) -> int:
+        """Make sure of what was got, now that nobody waits for it."""
+        if fd < 0:
+            number = -fd
+            raise InjectionFailed(
+                f"{problem} in process {self.pid}: {os.strerror(number)} ({errno.errorcode.get(number, number)})"
+                + (": allow userfaultfd in its seccomp profile" if number == errno.EPERM else ""),
+                pid=self.pid,
+                errno=number,
+            )
+        if os.readlink(f"/proc/self/fd/{fd}") != _UFFD_LINK:  # the thread has a descriptor table of its own
+            os.close(fd)
+            raise InjectionFailed(f"the threads of process {self.pid} do not share their descriptors", pid=self.pid)
+        return fd
+
+
+def _open_pidfd(pid: int, tid: int) -> int:
+    """A pidfd for the thread.
+
+    :raises _Unstoppable: it is gone.
+    """
+    try:
+        return open_for_thread(pid, tid)
+    except OSError as e:
+        if e.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            raise _Unstoppable from None
+        raise
+
+
+def _seize(pid: int, candidate: Candidate, at: int) -> _Thread:
+    """Become the tracer of a thread.
+
+    :raises _Unstoppable: it is gone.
+    """
+    try:
+        ptrace.seize(candidate.tid)
+    except OSError as e:
+        if e.errno == errno.ESRCH or is_gone(pid, candidate.tid):
+            raise _Unstoppable from None
+        raise seize_error(pid, candidate.tid, e) from None
+    return _Thread(pid, candidate, at)
+
+
+def seize_error(pid: int, tid: int, error: OSError) -> IncdumpError:
+    """The error for a PTRACE_SEIZE that was refused."""
+    try:
+        tracer = int(read_status(pid, tid).get("TracerPid", "0"))
+    except ProcessLookupError:
+        return NoSuchTarget(f"process {pid} has exited", pid=pid, errno=errno.ESRCH)
+    if tracer:
+        return AlreadyTraced(
+            f"process {pid} is traced by process {tracer}: detach that first", pid=pid, errno=error.errno
+        )
+    return TargetDenied(
+        f"not allowed to trace process {pid}: run as its user or as root (CAP_SYS_PTRACE), and see kernel.yama.ptrace_scope",
+        pid=pid,
+        errno=error.errno,
+    )
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What is put back."""
+
+    registers: ctypes.Array[ctypes.c_uint64]
+    mask: int
+
+
+class _Thread:
+    """A seized thread of the target. Buffers are made here, before it is stopped."""
+
+    def __init__(self, pid: int, candidate: Candidate, at: int) -> None:
+        self.pid = pid
+        self.tid = candidate.tid
+        self.candidate = candidate
+        self.at = at
+        self.info = ptrace.SigInfo()
+        self.own = ARCH.registers()
+        self.ours = ARCH.registers()
+        self.saved: _Saved | None = None
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        """Stop it where no signal is being delivered.
+
+        :raises _Unstoppable: it does not stop.
+        """
+        ptrace.interrupt(self.tid)
+        self._wait(STOP_TIMEOUT)
+        while not is_event_stop(self.info):
+            ptrace.interrupt(self.tid)
+            ptrace.cont(self.tid, held_signal(self.info))
+            self._wait(STOP_TIMEOUT)
+
+    def _wait(self, timeout: float) -> None:
+        self.is_stopped = False
+        if not wait_for_stop(self.tid, self.info, timeout, lambda: is_gone(self.pid, self.tid)):
+            raise _Unstoppable
+        self.is_stopped = True
+
+    def make_userfaultfd(self, pidfd: int, flags: int) -> tuple[int, str]:
+        """Make the call, copy its result, close the original.
+
+        :returns: our descriptor; or -errno and what failed.
+        :raises InjectionFailed: nothing was changed, it would not have been safe.
+        :raises TargetExited: the target was killed meanwhile.
+        """
+        self._take_over()
+        theirs = self._call(ARCH.sys_userfaultfd, flags)
+        if theirs < 0:
+            return theirs, "userfaultfd() failed"
+        try:
+            ours = pidfd_getfd(pidfd, theirs)
+        except OSError as e:
+            ours = -(e.errno or errno.EIO)
+        closed = self._call(ARCH.sys_close, theirs)
+        if closed < 0 and ours >= 0:
+            os.close(ours)
+            return closed, f"close({theirs}) of the userfaultfd failed"
+        return ours, "pidfd_getfd() failed"
+
+    def _take_over(self) -> None:
+        """Save its state and see to it that nothing else happens to it."""
+        if ptrace.getregset(self.tid, self.own) != ctypes.sizeof(self.own):
+            raise TargetUnsuitable(
+                f"process {self.pid} runs 32-bit code: incdump handles 64-bit ones only", pid=self.pid
+            )
+        self._suspend_seccomp()
+        if ptrace.has_syscall_user_dispatch(self.tid):
+            raise self._unsafe("has its system calls dispatched to itself (PR_SET_SYSCALL_USER_DISPATCH)")
+        word = ptrace.peek(self.tid, self.at).to_bytes(8, "little")
+        if not self.own[ARCH.pc] or not word.startswith(ARCH.instruction):
+            raise self._unsafe("has called exec() just now, try again")
+        self._leave_rseq()
+        ARCH.spare_eintr(self.own)
+        self._keep_restart()
+        saved = _Saved(self.own, ptrace.getsigmask(self.tid))
+        self.saved = saved  # from here on `let_go` puts it back
+        ptrace.setsigmask(self.tid, ptrace.ALL_SIGNALS)
+
+    def _unsafe(self, why: str) -> InjectionFailed:
+        return InjectionFailed(f"no system call can be run in process {self.pid}: it {why}", pid=self.pid)
+
+    def _suspend_seccomp(self) -> None:
+        """Keep the thread's seccomp filter, which may kill it, from seeing the calls."""
+        try:
+            ptrace.setoptions(self.tid, ptrace.PTRACE_O_TRACESYSGOOD | ptrace.PTRACE_O_SUSPEND_SECCOMP)
+        except OSError as e:
+            if self.candidate.has_seccomp:
+                raise InjectionFailed(
+                    f"process {self.pid} has a seccomp filter: only root (CAP_SYS_ADMIN) without a filter may suspend it",
+                    pid=self.pid,
+                    errno=e.errno,
+                ) from None
+            ptrace.setoptions(self.tid, ptrace.PTRACE_O_TRACESYSGOOD)
+
+    def _leave_rseq(self) -> None:
+        """Out of a restartable sequence to its abort handler, as the kernel does on the way back to user mode."""
+        rseq = ptrace.get_rseq_configuration(self.tid)
+        if rseq is None:
+            return
+        try:
+            sequence = ptrace.peek(self.tid, rseq.rseq_abi_pointer + 8)
+            if not sequence:
+                return
+            version_and_flags, start, length, abort = (
+                ptrace.peek(self.tid, sequence + offset) for offset in (0, 8, 16, 24)
+            )
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise
+            raise self._unsafe("has a broken rseq area") from None
+        if not 0 <= self.own[ARCH.pc] - start < length:
+            return
+        if version_and_flags:
+            raise self._unsafe("is in a restartable sequence of an unknown kind")
+        self.own[ARCH.pc] = abort
+
+    def _keep_restart(self) -> None:
+        """aarch64: have a sleep that was interrupted go on for the rest of its time, not start again.
+
+        The kernel does so by restart_syscall(2), and would have put its number into x8 after the stop, unless it
+        finds the registers changed.
+        """
+        number = self.candidate.waiting_in
+        if number not in ARCH.waits_restarted or self.own[ARCH.number] != number:
+            return
+        word = ptrace.peek(self.tid, self.own[ARCH.pc]).to_bytes(8, "little")
+        if word.startswith(ARCH.instruction) and self.candidate.has_restart_block:
+            self.own[ARCH.number] = ARCH.sys_restart_syscall
+
+    def _call(self, number: int, *arguments: int) -> int:
+        """Run one system call.
+
+        :returns: its result, negative is -errno.
+        """
+        ctypes.memmove(self.ours, self.own, ctypes.sizeof(self.own))
+        ARCH.to_call(self.ours, self.at, number, *arguments)
+        self._set_registers(self.ours)
+        self._to_syscall_stop()
+        ptrace.getregset(self.tid, self.ours)
+        if self.ours[ARCH.orig if ARCH.orig >= 0 else ARCH.number] != number:
+            raise self._unsafe("went elsewhere")
+        self._to_syscall_stop()
+        ptrace.getregset(self.tid, self.ours)
+        return ARCH.result_of(self.ours)
+
+    def _to_syscall_stop(self) -> None:
+        """Let it run to the entry to the call, or the exit from it; a SIGSTOP that comes meanwhile takes its effect."""
+        passed_on = 0
+        while True:
+            ptrace.cont_to_syscall(self.tid, passed_on)
+            try:
+                self._wait(CALL_TIMEOUT)
+            except _Unstoppable:
+                self._give_up()
+            if is_syscall_stop(self.info):
+                return
+            passed_on = held_signal(self.info)
+            if passed_on not in (0, signal.SIGSTOP):
+                raise self._unsafe(f"got {signal.Signals(passed_on).name} out of it")
+
+    def _give_up(self) -> None:
+        """The call takes too long, so the thread cannot run at all: take it back from where it is."""
+        if not is_gone(self.pid, self.tid):
+            ptrace.interrupt(self.tid)
+            if wait_for_stop(self.tid, self.info, 10 * CALL_TIMEOUT, lambda: is_gone(self.pid, self.tid)):
+                self.is_stopped = True
+                if is_syscall_stop(self.info):
+                    return
+                raise self._unsafe("is stopped for good (a frozen cgroup?)")
+        raise TargetExited(f"process {self.pid} was killed", pid=self.pid)
+
+    def _set_registers(self, registers: ctypes.Array[ctypes.c_uint64]) -> None:
+        ptrace.setregset(self.tid, registers)
+        if ARCH.orig < 0:
+            ptrace.forget_syscall(self.tid)
+
+    def let_go(self) -> None:
+        """Put everything back and detach; a thread that was killed, or never stopped, is left to the end of our own."""
+        if not self.is_stopped:
+            return
+        try:
+            if self.saved is not None:
+                self._set_registers(self.saved.registers)
+                ptrace.setsigmask(self.tid, self.saved.mask)
+            ptrace.detach(self.tid, held_signal(self.info))
+        except ProcessLookupError:
+            pass

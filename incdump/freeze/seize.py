@@ -1,0 +1,159 @@
+"""Freezing a process tree, for as long as a block of code runs.
+
+    async with Freezer() as freezer:
+        frozen = await freezer.freeze(pid)
+        ...                                   # not one instruction of the tree runs
+        await freezer.thaw()
+
+The tree is stopped by ptrace (`incdump.freeze.walk`), in a thread of its own (`incdump.freeze.tracer`). Leaving the
+block lets it go, on every way out. If incdump is killed meanwhile the kernel lets it go: no PTRACE_O_EXITKILL.
+
+A program that freezes its own child should not wait for that child in another thread at the same time: waitpid(2) there
+returns the child's ptrace-stops, too, as the kernel has one set of children a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from incdump.freeze.tracer import TracerThread
+from incdump.freeze.walk import Process, TreeWalk
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from incdump.model.options import Afterwards
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenTask:
+    """One frozen process.
+
+    :ivar pid: process id.
+    :ivar tids: ids of its threads, ascending; the pid is not among them if the leader has exited before the others.
+    :ivar state_before: letter of /proc/PID/stat before the freeze; ``"T"``: stopped by SIGSTOP, and so it stays after a
+        thaw.
+    """
+
+    pid: int
+    tids: tuple[int, ...]
+    state_before: str
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A frozen tree.
+
+    :ivar tasks: its processes, the root first, parents before children; zombies are not among them.
+    :ivar exited: pids of processes that were in the tree and exited while it was being frozen.
+    :ivar freezing_time: microseconds from the start until every thread was stopped.
+    :ivar frozen_at: time.monotonic_ns() of that moment.
+    """
+
+    tasks: tuple[FrozenTask, ...]
+    exited: tuple[int, ...]
+    freezing_time: int
+    frozen_at: int
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The pids of `tasks`."""
+        return tuple(task.pid for task in self.tasks)
+
+
+class Freezer:
+    """Async context manager that freezes one process tree at a time.
+
+    Cancellation at any await leaves nothing frozen once the block is left; a cancelled `freeze` is undone at once.
+
+    :param timeout: seconds to wait for every thread to stop.
+    :ivar freezing_time: microseconds that the last `freeze` took until every thread was stopped.
+    :ivar frozen_time: microseconds from there until the tree was let go.
+    """
+
+    def __init__(self, *, timeout: float = 10.0) -> None:
+        self.timeout = timeout
+        self.freezing_time = 0
+        self.frozen_time = 0
+        self._walk = TreeWalk()
+        self._tracer = TracerThread(on_stall=self._walk.reap_stalled)
+        self._frozen_at = 0
+
+    def __repr__(self) -> str:
+        return f"<Freezer {self._walk!r}>"
+
+    async def __aenter__(self) -> Freezer:
+        self._tracer.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._tracer.finish(lambda: self._thaw("running"))
+
+    async def freeze(self, pid: int) -> Frozen:
+        """Stop every thread of process `pid` and of all its descendants.
+
+        :raises NoSuchTarget: there is no such process.
+        :raises TargetExited: it exited meanwhile.
+        :raises TargetUnsuitable: it is a kernel thread or a zombie, or this very process is in its tree.
+        :raises TargetDenied: some process of the tree may not be traced.
+        :raises AlreadyTraced: some process of the tree is traced by somebody else.
+        :raises FreezeTimeout: some thread did not stop in time. Whatever is raised, nothing stays frozen.
+        """
+        abandoned = threading.Event()
+        try:
+            return await self._tracer.run(self._freeze, pid, abandoned)
+        except asyncio.CancelledError:
+            abandoned.set()
+            self._tracer.submit(lambda: self._thaw("running"))
+            raise
+
+    async def thaw(self, afterwards: Afterwards = "running") -> None:
+        """Let the tree go.
+
+        :param afterwards: ``"running"``: as it was before, what was stopped by SIGSTOP stays stopped. ``"stopped"``: in
+            group stop, without an instruction in between, until SIGCONT. ``"killed"``: dead by SIGKILL.
+        """
+        await self._tracer.run(self._thaw, afterwards)
+
+    # -- in the tracer thread
+
+    def _freeze(self, pid: int, abandoned: threading.Event) -> Frozen:
+        if self._walk.processes:
+            raise RuntimeError("this Freezer holds a frozen tree already: thaw it first")
+        began = time.monotonic_ns()
+        try:
+            self._walk.freeze(pid, self.timeout, abandoned)
+        finally:
+            self._retire_with_leftovers()
+        self._frozen_at = time.monotonic_ns()
+        self.freezing_time = (self._frozen_at - began) // 1000
+        return Frozen(
+            tasks=tuple(_frozen_task(process) for process in self._walk.processes.values()),
+            exited=tuple(self._walk.exited),
+            freezing_time=self.freezing_time,
+            frozen_at=self._frozen_at,
+        )
+
+    def _thaw(self, afterwards: Afterwards) -> None:
+        if not self._walk.processes:
+            return
+        try:
+            self.frozen_time = (self._walk.thaw(afterwards) - self._frozen_at) // 1000
+        finally:
+            self._retire_with_leftovers()
+
+    def _retire_with_leftovers(self) -> None:
+        if self._walk.has_leftovers:
+            self._walk.has_leftovers = False
+            self._tracer.retire()
+
+
+def _frozen_task(process: Process) -> FrozenTask:
+    stopped = any(thread.in_group_stop for thread in process.threads.values())
+    return FrozenTask(process.pid, tuple(sorted(process.threads)), "T" if stopped else process.state)

@@ -1,0 +1,472 @@
+"""Stopping a process tree that moves: every thread of every process, until nothing new turns up.
+
+The steps, all in the one thread that traces:
+
+1. Threads: list /proc/PID/task, PTRACE_SEIZE and PTRACE_INTERRUPT each that is new, wait for them all. A listing made
+   with all known threads stopped that shows no other settles the process: only a running thread makes threads.
+2. Children: the children of each settled process's threads; each is a process for step 1. Once more for all when there
+   is more than one process, since a process can be made a child of its maker's parent (CLONE_PARENT).
+3. Proof: each thread is asked whether it is stopped now. One that was killed, or changed hands by an exec of
+   a thread not yet stopped, sends its process back to step 1.
+
+A thread in vfork(2) cannot stop before its child execs or exits. It counts as stopped once that child, with
+which it shares its memory, is.
+
+What is held up by the stop (a signal on its way) is passed on when the thread is let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from incdump._uapi import ptrace
+from incdump._uapi.arch import ARCH
+from incdump._uapi.libc import syscall
+from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
+from incdump.freeze.choice import read_status, read_thread_stat
+from incdump.freeze.inject import seize_error
+from incdump.freeze.stops import SLOW, Backoff, held_signal, is_group_stop
+from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
+
+if TYPE_CHECKING:
+    from incdump.model.options import Afterwards
+
+LET_GO_TIMEOUT = 0.05
+"""Seconds to wait for a thread to leave vfork(2) after its child was let go."""
+DEATH_TIMEOUT = 5.0
+"""Seconds to wait for a killed tree to be dead, and for a stopped one to be seen stopped."""
+
+_WHY_NOT_STOPPED = {"D": "is in uninterruptible sleep (state D)", "R": "gets no processor time (state R)"}
+_KCMP_VM = 1
+_WALL = 0x40000000
+
+
+class Abandoned(Exception):
+    """Nobody waits for the freeze any more; it was undone."""
+
+
+@dataclass(slots=True)
+class Thread:
+    """A thread that we trace.
+
+    :ivar is_stopped: it was seen in a ptrace-stop.
+    :ivar in_vfork: it waits for its vfork child and cannot stop.
+    :ivar held: signal to pass on.
+    """
+
+    pid: int
+    tid: int
+    is_stopped: bool = False
+    in_vfork: bool = False
+    in_group_stop: bool = False
+    held: int = 0
+
+
+@dataclass(slots=True)
+class Process:
+    """A process of the tree.
+
+    :ivar state: letter of /proc/PID/stat before anything was done to it.
+    :ivar is_ours: it is a child of this very process, whose death nobody else may reap.
+    :ivar is_settled: all of its threads are known and stopped.
+    """
+
+    pid: int
+    ppid: int
+    state: str
+    is_ours: bool
+    threads: dict[int, Thread] = field(default_factory=dict)
+    is_settled: bool = False
+    has_children_read: bool = False
+
+
+class TreeWalk:
+    """The processes of a tree being frozen, or frozen. Methods are for the tracing thread, but for `reap_stalled`.
+
+    :ivar processes: by pid, parents before children.
+    :ivar exited: pids of processes that were in the tree and exited meanwhile.
+    :ivar has_leftovers: threads are traced that could not be let go: only the end of the tracing thread does that.
+    """
+
+    def __init__(self) -> None:
+        self.processes: dict[int, Process] = {}
+        self.exited: list[int] = []
+        self.has_leftovers = False
+        self._root = 0
+        self._deadline = 0.0
+        self._abandoned = threading.Event()
+        self._info = ptrace.SigInfo()
+
+    def __repr__(self) -> str:
+        threads = sum(len(process.threads) for process in self.processes.values())
+        return f"<TreeWalk {len(self.processes)} processes, {threads} threads>"
+
+    # -- freezing
+
+    def freeze(self, root: int, timeout: float, abandoned: threading.Event) -> None:
+        """Stop the whole tree, or nothing of it.
+
+        :param timeout: seconds.
+        :param abandoned: set when the freeze is to be given up.
+        """
+        self.exited = []
+        self._root = root
+        self._deadline = time.monotonic() + timeout
+        self._abandoned = abandoned
+        try:
+            self._add(root)
+            self._to_fixed_point()
+        except BaseException:
+            self.thaw("running")
+            raise
+
+    def _to_fixed_point(self) -> None:
+        while True:
+            self._settle_all()
+            if self._find_children(again=False):
+                continue
+            if len(self.processes) > 1 and self._find_children(again=True):
+                continue
+            if self._prove():
+                return
+
+    def _add(self, pid: int) -> bool:
+        """Take a process into the tree.
+
+        :returns: whether there is something to freeze: False for a zombie and for one that is gone.
+        """
+        if pid == os.getpid():
+            raise TargetUnsuitable(
+                f"the tree of process {self._root} holds incdump itself: run incdump outside of the target", pid=pid
+            )
+        try:
+            stat = read_stat(pid)
+        except ProcessLookupError as e:
+            if pid == self._root:
+                raise no_such_target(pid, e.errno) from None
+            return False
+        if pid == self._root:
+            if stat.flags & PF_KTHREAD:
+                raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory", pid=pid)
+            if stat.is_dead:
+                raise TargetUnsuitable(f"process {pid} is a zombie: its parent {stat.ppid} has yet to reap it", pid=pid)
+        if stat.is_dead:
+            return False
+        self.processes[pid] = Process(pid, stat.ppid, stat.state, stat.ppid == os.getpid())
+        return True
+
+    def _settle_all(self) -> None:
+        """Step 1, for all processes that are not settled."""
+        while unsettled := [process for process in self.processes.values() if not process.is_settled]:
+            for process in unsettled:
+                self._seize_new(process)
+            self._await_stops([t for process in unsettled for t in process.threads.values() if not t.is_stopped])
+
+    def _seize_new(self, process: Process) -> None:
+        """Seize and interrupt the threads that a new listing shows; the process is settled if it shows none."""
+        try:
+            tids = {int(name) for name in os.listdir(f"/proc/{process.pid}/task")}
+        except (FileNotFoundError, ProcessLookupError):
+            tids = set()
+        was_stopped = all(thread.is_stopped or thread.in_vfork for thread in process.threads.values())
+        for tid in process.threads.keys() - tids:
+            del process.threads[tid]
+        new = [tid for tid in sorted(tids - process.threads.keys()) if self._seize(process, tid)]
+        if not process.threads:
+            self._drop(process)
+        process.is_settled = was_stopped and not new
+
+    def _seize(self, process: Process, tid: int) -> bool:
+        """Seize a thread and have it stop.
+
+        :returns: False: it has exited.
+        """
+        try:
+            ptrace.seize(tid)
+        except OSError as e:
+            if e.errno != errno.ESRCH and self._is_refused(process, tid):
+                raise seize_error(process.pid, tid, e) from None
+            if e.errno == errno.ESRCH or tid not in process.threads:
+                return False
+        process.threads[tid] = Thread(process.pid, tid)
+        with contextlib.suppress(ProcessLookupError):  # it has exited since: the wait for its stop will tell
+            ptrace.interrupt(tid)
+        return True
+
+    def _is_refused(self, process: Process, tid: int) -> bool:
+        """Whether a thread that could not be seized is alive, and is not ours already under another id (exec)."""
+        try:
+            if read_thread_stat(process.pid, tid).state in "ZXx":
+                return False
+            if not _is_ours(process.pid, tid):
+                return True
+        except ProcessLookupError:
+            return False
+        process.threads[tid] = Thread(process.pid, tid)
+        return False
+
+    def _drop(self, process: Process) -> None:
+        """A process that has exited is no longer in the tree."""
+        del self.processes[process.pid]
+        self.exited.append(process.pid)
+        if process.pid == self._root:
+            raise TargetExited(f"process {process.pid} exited while it was being frozen", pid=process.pid)
+
+    # -- waiting
+
+    def _await_stops(self, pending: list[Thread]) -> None:
+        """Wait until each thread is stopped, is found to be gone, or to be in vfork."""
+        backoff = Backoff()
+        while pending := [thread for thread in pending if not self._see(thread)]:
+            if self._abandoned.is_set():
+                raise Abandoned
+            if time.monotonic() > self._deadline:
+                raise self._timeout(pending)
+            if backoff.pause() > SLOW:
+                pending = [thread for thread in pending if self._is_to_come(thread)]
+
+    def _see(self, thread: Thread) -> bool:
+        """Whether a thread is stopped now; how is remembered."""
+        if not ptrace.is_stopped(thread.tid, self._info):
+            return False
+        thread.is_stopped = True
+        thread.in_vfork = False
+        thread.held = held_signal(self._info)
+        thread.in_group_stop = is_group_stop(self._info)
+        return True
+
+    def _is_to_come(self, thread: Thread) -> bool:
+        """Whether a thread that has not stopped so far still may."""
+        process = self.processes[thread.pid]
+        try:
+            gone = self._reap(process, thread.tid)
+            state = "X" if gone else read_thread_stat(thread.pid, thread.tid).state
+            if state == "D" and self._in_vfork(thread):
+                thread.in_vfork = True
+                return False
+            lost = state not in "ZXx" and read_status(thread.pid, thread.tid).get("TracerPid") != str(
+                threading.get_native_id()
+            )
+        except ProcessLookupError:
+            state, lost = "X", False
+        if lost or state in "ZXx":
+            del process.threads[thread.tid]
+            return False
+        return True
+
+    def _in_vfork(self, thread: Thread) -> bool:
+        """Whether a thread in uninterruptible sleep is in a call that may be vfork."""
+        words = read_proc(f"/proc/{thread.pid}/task/{thread.tid}/syscall").split()
+        return bool(words) and words[0].isdigit() and int(words[0]) in ARCH.vforks
+
+    def _reap(self, process: Process, tid: int) -> bool:
+        """Take note of a traced thread's death, without which it stays a zombie; never of our own child's.
+
+        :returns: whether it is dead, or not traced by us any more.
+        """
+        if process.is_ours and tid == process.pid:
+            return False
+        try:
+            return os.waitid(os.P_PID, tid, os.WEXITED | os.WNOHANG | _WALL) is not None
+        except ChildProcessError:
+            return True
+
+    def reap_stalled(self) -> None:
+        """From another thread, now and then: unblock a PTRACE_SEIZE.
+
+        It waits for an exec in the target to end, which waits for the death of other threads, which, once seized,
+        takes somebody to reap them. Any thread of the tracer's process will do.
+        """
+        for process in list(self.processes.values()):
+            for tid in list(process.threads):
+                self._reap(process, tid)
+
+    def _timeout(self, pending: list[Thread]) -> FreezeTimeout:
+        thread = pending[0]
+        try:
+            state = read_thread_stat(thread.pid, thread.tid).state
+        except ProcessLookupError:
+            state = "X"
+        why = {"D": "is in uninterruptible sleep (state D)", "R": "gets no processor time (state R)"}.get(
+            state, f"is in state {state}"
+        )
+        return FreezeTimeout(
+            f"thread {thread.tid} of process {thread.pid} could not be stopped in time: it {why}; raise the timeout or try later",
+            pid=thread.pid,
+        )
+
+    # -- children, proof
+
+    def _find_children(self, *, again: bool) -> bool:
+        """Step 2: read the children of processes.
+
+        :param again: of all, not only of those whose have not been read yet.
+        :returns: whether one was found that was not known.
+        """
+        found = False
+        for process in list(self.processes.values()):
+            if process.has_children_read and not again:
+                continue
+            for pid in children_of(process):
+                if pid not in self.processes and self._add(pid):
+                    found = True
+            process.has_children_read = True
+        return found
+
+    def _prove(self) -> bool:
+        """Step 3: ask each thread once more."""
+        proven = True
+        for process in self.processes.values():
+            for thread in process.threads.values():
+                if self._see(thread) or (thread.in_vfork and self._has_stopped_child(thread)):
+                    continue
+                thread.is_stopped = thread.in_vfork = False
+                proven = process.is_settled = False
+        return proven
+
+    def _has_stopped_child(self, thread: Thread) -> bool:
+        """Whether a stopped process of the tree is the vfork child of a thread."""
+        return any(
+            child.ppid == thread.pid
+            and all(t.is_stopped for t in child.threads.values())
+            and _share_memory(thread.pid, child.pid)
+            for child in self.processes.values()
+        )
+
+    # -- thawing
+
+    def thaw(self, afterwards: Afterwards) -> int:
+        """Let everything go.
+
+        :returns: time.monotonic_ns() at which the last thread was let go.
+        """
+        processes = list(self.processes.values())
+        if afterwards != "running":
+            self._signal(processes, signal.SIGSTOP if afterwards == "stopped" else signal.SIGKILL)
+        if afterwards != "killed":
+            self._let_go([thread for process in reversed(processes) for thread in process.threads.values()])
+        done = time.monotonic_ns()
+        if afterwards == "killed":
+            self._await_death(processes)
+        elif afterwards == "stopped":
+            self._await_group_stop(processes)
+        self.processes = {}
+        return done
+
+    def _signal(self, processes: list[Process], number: signal.Signals) -> None:
+        """Signal every process; one that we trace is dead at worst, its pid not yet another's."""
+        for process in processes:
+            stopped_already = any(thread.in_group_stop for thread in process.threads.values())
+            if number == signal.SIGKILL or not stopped_already:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
+
+    def _let_go(self, threads: list[Thread]) -> None:
+        registers = ARCH.registers()
+        for thread in threads:
+            if not thread.in_vfork:
+                self._detach(thread, registers)
+        in_vfork = [thread for thread in threads if thread.in_vfork]
+        backoff = Backoff()
+        while in_vfork := [thread for thread in in_vfork if not self._see(thread)]:
+            if backoff.pause() > LET_GO_TIMEOUT:
+                self.has_leftovers = True
+                break
+        for thread in threads:
+            if thread.is_stopped:
+                self._detach(thread, registers)
+
+    def _detach(self, thread: Thread, registers: ctypes.Array[ctypes.c_uint64]) -> None:
+        """Detach one thread; what cannot be detached is dead, or is left to the end of our own thread."""
+        try:
+            if not thread.is_stopped and not self._see(thread):
+                raise ProcessLookupError
+            if ptrace.getregset(thread.tid, registers) == ctypes.sizeof(registers) and ARCH.spare_eintr(registers):
+                ptrace.setregset(thread.tid, registers)
+            ptrace.detach(thread.tid, thread.held)
+            thread.is_stopped = False
+        except ProcessLookupError:
+            thread.is_stopped = False
+            if not self._reap(self.processes[thread.pid], thread.tid):
+                self.has_leftovers = True
+
+    def _await_death(self, processes: list[Process]) -> None:
+        """Wait until every process is dead. Its parent may yet have to reap it."""
+        backoff = Backoff()
+        alive = processes
+        while alive := [process for process in alive if not self._is_dead(process)]:
+            if backoff.pause() > DEATH_TIMEOUT:
+                self.has_leftovers = True
+                return
+
+    def _is_dead(self, process: Process) -> bool:
+        for tid in list(process.threads):
+            if self._reap(process, tid):
+                del process.threads[tid]
+        try:
+            return read_stat(process.pid).is_dead
+        except ProcessLookupError:
+            return True
+
+    def _await_group_stop(self, processes: list[Process]) -> None:
+        """Wait until every process is seen stopped; a thread in vfork(2) goes on sleeping."""
+        backoff = Backoff()
+        running = [process for process in processes if not any(t.in_vfork for t in process.threads.values())]
+        while running := [process for process in running if not _is_group_stopped(process)]:
+            if backoff.pause() > DEATH_TIMEOUT:
+                return
+
+
+def children_of(process: Process) -> list[int]:
+    """The children of all threads of a process, which is stopped; others than threads of ours may still add some."""
+    children: list[int] = []
+    for tid in process.threads:
+        try:
+            text = read_proc(f"/proc/{process.pid}/task/{tid}/children")
+        except ProcessLookupError:
+            if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
+                return _children_by_scan(process.pid)  # a kernel without CONFIG_PROC_CHILDREN
+            continue
+        if text:
+            children.extend(map(int, text.split()))
+    return children
+
+
+def _children_by_scan(pid: int) -> list[int]:
+    """The children of a process, from a pass over all of /proc."""
+    children = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(ProcessLookupError):
+                if read_stat(int(name)).ppid == pid:
+                    children.append(int(name))
+    return children
+
+
+def _is_ours(pid: int, tid: int) -> bool:
+    """Whether the calling thread is the tracer of a thread."""
+    return read_status(pid, tid).get("TracerPid") == str(threading.get_native_id())
+
+
+def _share_memory(pid: int, other: int) -> bool:
+    """Whether two processes share one address space."""
+    try:
+        return syscall(ARCH.sys_kcmp, pid, other, _KCMP_VM, 0, 0) == 0
+    except OSError:
+        return False
+
+
+def _is_group_stopped(process: Process) -> bool:
+    """Whether no thread of a process is anything but stopped or dead."""
+    try:
+        return all(read_thread_stat(process.pid, tid).state in "TZXx" for tid in process.threads)
+    except ProcessLookupError:
+        return True

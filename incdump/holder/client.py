@@ -1,0 +1,294 @@
+"""The two ways to keep userfaultfds: with the holder process, or in this very program.
+
+`HolderKeeper` is what commands use, `OwnKeeper` is a session's. Both lend a `Lease` on one process: its userfaultfd, and
+the generation of the dump that was committed last. A lease that is not committed leaves the generation lost.
+
+Calls block (a few milliseconds; starting the holder some 50): the engine makes them in a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from incdump import errors
+from incdump.holder import wire
+
+START_TIMEOUT = 10.0
+"""Seconds within which a new holder has to answer."""
+
+_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclass(slots=True)
+class Lease:
+    """The loan of one process's userfaultfd, until it is committed.
+
+    :ivar uffd: this program's own descriptor of it.
+    :ivar generation: of the last committed dump; None when tracking has just started, or the last dump was lost.
+    :ivar started: tracking began with this lease.
+    :ivar stopped_us: for how long one thread of the target was stopped for that, microseconds.
+    """
+
+    pid: int
+    start_time: int
+    uffd: int
+    generation: str | None
+    started: bool
+    stopped_us: int
+
+    def close(self) -> None:
+        """Close this program's descriptor; the keeper has its own."""
+        if self.uffd >= 0:
+            uffd, self.uffd = self.uffd, -1
+            os.close(uffd)
+
+
+class Keeper(Protocol):
+    """Keeps userfaultfds and generations from one dump to the next."""
+
+    def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
+        """Borrow the userfaultfd of a process, made now if there is none (or if ``renew``).
+
+        :raises incdump.errors.TargetError: the process is gone, or does not allow it.
+        :raises incdump.errors.HolderError: somebody else is dumping it, or the holder cannot be reached.
+        """
+
+    def commit(self, lease: Lease, generation: str | None) -> None:
+        """End a loan: the images of this generation are complete (or: the pages that were taken are given back)."""
+
+    def close(self) -> None:
+        """End every loan that was not committed; their generations are lost."""
+
+
+def _spawn(
+    module: str, arguments: list[str], pass_fds: tuple[int, ...], log: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """Start a module of this package with nothing but the standard library, as fast as Python can start.
+
+    :param log: descriptor for what it may have to say before it dies.
+    """
+    code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from {module} import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log,
+        pass_fds=pass_fds,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
+    """Turn a refusal of the holder back into the exception that it was there."""
+    kind = getattr(errors, str(answer.get("kind")), None)
+    number = answer.get("errno")
+    if answer.get("kind") == "OSError" and number == 3:
+        raise errors.TargetExited(f"process {pid} exited", pid=pid, errno=3)
+    if not (isinstance(kind, type) and issubclass(kind, errors.IncdumpError)):
+        kind = errors.HolderError
+    raise kind(str(answer["error"]), pid=pid, errno=number)
+
+
+def connect() -> socket.socket | None:
+    """A connection to the running holder, or None when there is none."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(wire.socket_path())
+    except (FileNotFoundError, ConnectionRefusedError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect_or_start() -> socket.socket:
+    """A connection to the holder, which is started when there is none.
+
+    :raises incdump.errors.HolderError: it cannot be started or reached.
+    """
+    try:
+        lock = os.open(os.path.join(wire.runtime_dir(), "holder.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            sock = connect()
+            if sock is None:
+                _start_holder()
+                sock = connect()
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise errors.HolderError(
+            f"cannot use the holder in {error.filename or 'its directory'}: {error.strerror}; "
+            "set INCDUMP_RUNTIME_DIR to a directory of your own",
+            errno=error.errno,
+            path=error.filename,
+        ) from error
+    if sock is None:
+        raise errors.HolderError("the holder process ended right after its start; run `incdump doctor`")
+    return sock
+
+
+def _start_holder() -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    log = os.open(os.path.join(wire.runtime_dir(), "holder.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        child = _spawn("incdump.holder.server", [wire.socket_path(), str(writer)], (writer,), log)
+        os.close(writer)
+        writer = -1
+        child.wait(START_TIMEOUT)  # it forks, and its first process ends at once
+        if not select.select([reader], [], [], START_TIMEOUT)[0] or not os.read(reader, 1):
+            raise errors.HolderError("the holder process does not start; run `incdump doctor`")
+    except subprocess.TimeoutExpired as error:
+        raise errors.HolderError("the holder process does not start; run `incdump doctor`") from error
+    finally:
+        for fd in (reader, writer, log):
+            if fd >= 0:
+                os.close(fd)
+
+
+def ask(sock: socket.socket, message: dict[str, Any], pid: int | None = None) -> tuple[dict[str, Any], list[int]]:
+    """One question to the holder, and its answer.
+
+    :raises incdump.errors.IncdumpError: what the holder answered as an error.
+    """
+    try:
+        wire.send(sock, message)
+        answer, fds = wire.receive(sock)
+    except (OSError, ValueError) as error:
+        raise errors.HolderError(f"the holder process is gone ({error}); the next dump will be full", pid=pid) from error
+    if answer is None:
+        raise errors.HolderError("the holder process is gone; the next dump will be full", pid=pid)
+    if "error" in answer:
+        for fd in fds:
+            os.close(fd)
+        _raise_refusal(answer, pid)
+    return answer, fds
+
+
+class HolderKeeper:
+    """Keeps userfaultfds with the holder process of this user."""
+
+    def __init__(self) -> None:
+        self._sock: socket.socket | None = None
+
+    def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
+        """See `Keeper.acquire`."""
+        if self._sock is None:
+            self._sock = connect_or_start()
+        question = {"do": "renew" if renew else "acquire", "pid": pid, "start_time": start_time}
+        answer, fds = ask(self._sock, question, pid)
+        return Lease(pid, start_time, fds[0], answer["generation"], answer["started"], answer["stopped_us"])
+
+    def commit(self, lease: Lease, generation: str | None) -> None:
+        """See `Keeper.commit`; a target that exited meanwhile is no error."""
+        if self._sock is None:
+            return
+        question = {"do": "commit", "pid": lease.pid, "start_time": lease.start_time, "generation": generation}
+        with contextlib.suppress(errors.HolderError):
+            ask(self._sock, question, lease.pid)
+
+    def close(self) -> None:
+        """See `Keeper.close`: the connection's end is what tells the holder."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+
+class OwnKeeper:
+    """Keeps userfaultfds in this program: for a session, or a loop inside one program."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], tuple[int, str | None]] = {}
+        self._busy: set[tuple[int, int]] = set()
+
+    def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
+        """See `Keeper.acquire`."""
+        key = (pid, start_time)
+        if key in self._busy and not renew:
+            raise errors.HolderError(f"another dump of process {pid} is under way in this session", pid=pid, errno=16)
+        uffd, generation = self._held.get(key, (-1, None))
+        started, stopped = uffd < 0 or renew, 0
+        if started:
+            fresh, stopped = _make_uffd_apart(pid)
+            if uffd >= 0:
+                os.close(uffd)
+            uffd, generation = fresh, None
+        self._held[key] = (uffd, None)
+        self._busy.add(key)
+        duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+        return Lease(pid, start_time, duplicate, generation, started, stopped)
+
+    def commit(self, lease: Lease, generation: str | None) -> None:
+        """See `Keeper.commit`."""
+        key = (lease.pid, lease.start_time)
+        if key in self._held:
+            self._held[key] = (self._held[key][0], generation)
+        self._busy.discard(key)
+
+    def release(self) -> None:
+        """End every loan that was not committed."""
+        self._busy.clear()
+
+    def close(self) -> None:
+        """Give up all tracking."""
+        for uffd, _generation in self._held.values():
+            os.close(uffd)
+        self._held.clear()
+        self._busy.clear()
+
+
+def _make_uffd_apart(pid: int) -> tuple[int, int]:
+    """Have a helper process make the userfaultfd, see `incdump.holder.oneshot`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            helper = _spawn("incdump.holder.oneshot", [str(pid), str(theirs.fileno())], (theirs.fileno(),))
+        ours.settimeout(START_TIMEOUT)
+        try:
+            answer, fds = wire.receive(ours)
+        except (OSError, ValueError) as error:
+            raise errors.HolderError(f"the helper process failed: {error}", pid=pid) from error
+        finally:
+            helper.wait()
+    if answer is None:
+        raise errors.HolderError("the helper process that starts tracking ended without a word", pid=pid)
+    if "error" in answer:
+        _raise_refusal(answer, pid)
+    return fds[0], int(answer["stopped_us"])
+
+
+def held_targets() -> list[dict[str, Any]]:
+    """What the holder of this user keeps: a list of ``pid``, ``start_time``, ``generation``, ``busy``."""
+    sock = connect()
+    if sock is None:
+        return []
+    with sock:
+        answer, _ = ask(sock, {"do": "list"})
+        targets: list[dict[str, Any]] = answer["targets"]
+        return targets
+
+
+def forget(pid: int | None) -> list[int]:
+    """Give up the tracking of one process, or of all; the holder ends by itself when it holds no more.
+
+    :returns: the processes that were tracked until now.
+    :raises incdump.errors.HolderError: one of them is being dumped right now.
+    """
+    sock = connect()
+    if sock is None:
+        return []
+    with sock:
+        answer, _ = ask(sock, {"do": "forget", "pid": pid}, pid)
+        forgotten: list[int] = answer["forgotten"]
+        return forgotten

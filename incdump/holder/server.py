@@ -1,0 +1,251 @@
+"""The holder: a small process that keeps userfaultfds between two commands.
+
+A userfaultfd's write protection, and with it the knowledge of what was written, lasts as long as somebody holds the
+descriptor. ``incdump predump`` ends after each round, so it leaves the descriptor with this process, as keys are left
+with an ssh-agent. It starts on demand, talks to the same user alone, and ends when its last target has exited or was
+given up with ``incdump untrack``.
+
+It is also the process that makes the userfaultfd, by running one system call in the target (`incdump.freeze.inject`):
+killing incdump, by whatever signal, never meets the moment in which a register of the target is altered.
+
+Run as ``python -c "from incdump.holder.server import main; main()" SOCKET READY_FD``, which `incdump.holder.client`
+does. Only the standard library is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+from incdump._uapi import userfaultfd as uapi
+from incdump.errors import IncdumpError
+from incdump.freeze.inject import inject_userfaultfd
+from incdump.holder import wire
+from incdump.proc.identity import identify, open_pidfd
+
+LINGER = 5.0
+"""Seconds without target and client after which the holder ends."""
+
+_PR_SET_NAME = 15
+
+
+@dataclass(slots=True)
+class Target:
+    """One process that is tracked.
+
+    :ivar generation: of the last dump that was committed; None while a dump is under way, and after one that failed.
+    :ivar owner: the connection that acquired it, or None.
+    """
+
+    pid: int
+    start_time: int
+    pidfd: int
+    uffd: int = -1
+    generation: str | None = None
+    owner: socket.socket | None = field(default=None, repr=False)
+
+    def close(self) -> None:
+        """Give up tracking: the kernel takes all write protection off with the last descriptor."""
+        for fd in (self.uffd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.uffd = self.pidfd = -1
+
+
+def make_tracking_uffd(pid: int) -> tuple[int, int]:
+    """A userfaultfd of another process's address space, ready for asynchronous write protection.
+
+    :returns: the descriptor, and the microseconds for which one thread of the target was stopped.
+    :raises incdump.errors.TargetError: the target does not allow it.
+    """
+    uffd, stopped = inject_userfaultfd(pid, uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        uapi.api(uffd, uapi.FEATURE_WP_ASYNC | uapi.FEATURE_WP_UNPOPULATED)
+    except OSError:
+        os.close(uffd)
+        raise
+    return uffd, stopped
+
+
+class Holder:
+    """The event loop: clients, targets, and nothing else."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(listener, selectors.EVENT_READ, self._accept)
+        self.targets: dict[int, Target] = {}
+        self.clients: set[socket.socket] = set()
+
+    def run(self) -> None:
+        """Serve until there is nothing left to hold."""
+        while True:
+            idle = not self.targets and not self.clients
+            ready = self.selector.select(LINGER if idle else None)
+            if idle and not ready:
+                return
+            for key, _events in ready:
+                key.data(key.fileobj)
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _pid, uid, _gid = struct.unpack("3i", credentials)
+        if uid != os.geteuid():
+            client.close()
+            return
+        self.clients.add(client)
+        self.selector.register(client, selectors.EVENT_READ, self._serve)
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            message, fds = wire.receive(client)
+        except (OSError, ValueError):
+            message, fds = None, []
+        for fd in fds:
+            os.close(fd)
+        if message is None:
+            self._drop(client)
+            return
+        try:
+            answer, passed = self._answer(client, message)
+        except IncdumpError as error:
+            answer, passed = {"error": str(error), "kind": type(error).__name__, "errno": error.errno}, ()
+        except OSError as error:
+            answer, passed = {"error": str(error), "kind": "OSError", "errno": error.errno}, ()
+        except Exception as error:  # the targets of all other clients hang on this process
+            traceback.print_exc()
+            answer, passed = {"error": f"the holder failed: {error!r}", "kind": "HolderError", "errno": None}, ()
+        try:
+            wire.send(client, answer, passed)
+        except OSError:
+            self._drop(client)
+
+    def _drop(self, client: socket.socket) -> None:
+        """A client is gone: what it acquired and did not commit is lost, and free for the next."""
+        for target in self.targets.values():
+            if target.owner is client:
+                target.owner = None
+        self.clients.discard(client)
+        self.selector.unregister(client)
+        client.close()
+
+    def _answer(self, client: socket.socket, message: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+        match message["do"]:
+            case "hello":
+                return {"pid": os.getpid(), "version": wire.VERSION}, ()
+            case "acquire":
+                return self._acquire(client, int(message["pid"]), int(message["start_time"]), renew=False)
+            case "renew":
+                return self._acquire(client, int(message["pid"]), int(message["start_time"]), renew=True)
+            case "commit":
+                return self._commit(client, int(message["pid"]), message["generation"]), ()
+            case "forget":
+                return self._forget(message["pid"]), ()
+            case "list":
+                rows = [
+                    {"pid": t.pid, "start_time": t.start_time, "generation": t.generation, "busy": t.owner is not None}
+                    for t in self.targets.values()
+                ]
+                return {"targets": rows[:500], "count": len(rows)}, ()
+            case other:
+                raise ValueError(other)
+
+    def _acquire(
+        self, client: socket.socket, pid: int, start_time: int, *, renew: bool
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        target = self.targets.get(pid)
+        if target is not None and target.start_time != start_time:
+            self._remove(target)
+            target = None
+        if target is not None and target.owner not in (None, client):
+            return {"error": f"another incdump is dumping process {pid}", "kind": "HolderError", "errno": 16}, ()
+        stopped = 0
+        started = target is None or target.uffd < 0 or renew
+        if target is None:
+            target = self._adopt(pid, start_time)
+        if started:
+            target.generation = None
+            if target.uffd >= 0:
+                os.close(target.uffd)
+                target.uffd = -1
+            try:
+                target.uffd, stopped = make_tracking_uffd(pid)
+            except BaseException:
+                self._remove(target)
+                raise
+        answer = {"generation": target.generation, "started": started, "stopped_us": stopped}
+        target.owner, target.generation = client, None
+        return answer, (target.uffd,)
+
+    def _adopt(self, pid: int, start_time: int) -> Target:
+        pidfd = open_pidfd(pid)
+        try:
+            if identify(pid).start_time != start_time:
+                raise ProcessLookupError(3, f"process {pid} is another one by now")
+        except BaseException:
+            os.close(pidfd)
+            raise
+        target = Target(pid, start_time, pidfd)
+        self.targets[pid] = target
+        self.selector.register(pidfd, selectors.EVENT_READ, lambda _fd: self._remove(target))
+        return target
+
+    def _commit(self, client: socket.socket, pid: int, generation: str | None) -> dict[str, Any]:
+        target = self.targets.get(pid)
+        if target is None or target.owner is not client:
+            return {"error": f"process {pid} is not held for this client", "kind": "HolderError", "errno": None}
+        target.owner, target.generation = None, generation
+        return {}
+
+    def _forget(self, pid: int | None) -> dict[str, Any]:
+        chosen = [t for t in self.targets.values() if pid is None or t.pid == pid]
+        busy = [t.pid for t in chosen if t.owner is not None]
+        if busy:
+            return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
+        for target in chosen:
+            self._remove(target)
+        return {"forgotten": [t.pid for t in chosen]}
+
+    def _remove(self, target: Target) -> None:
+        if self.targets.get(target.pid) is target:
+            del self.targets[target.pid]
+        if target.pidfd >= 0:
+            with contextlib.suppress(KeyError):
+                self.selector.unregister(target.pidfd)
+        target.close()
+
+
+def main() -> None:
+    """Daemonise, listen, say so on the ready descriptor, serve."""
+    path, ready = sys.argv[1], int(sys.argv[2])
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"incdump-holder", 0, 0, 0)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    listener.bind(path)
+    listener.listen(16)
+    os.write(ready, b"1")
+    os.close(ready)
+    try:
+        Holder(listener).run()
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

@@ -1,0 +1,91 @@
+"""What the holder and its clients say to each other.
+
+One message is one datagram of a SOCK_SEQPACKET unix socket: a JSON object, at most 64 KiB, with file descriptors beside
+it (SCM_RIGHTS). A client sends ``{"do": NAME, ...}`` and gets one answer; an answer that holds ``"error"`` is a refusal.
+Only the standard library is used: the holder is to stay small.
+
+=========  ==========================================  ===============================================================
+do         with                                        answer
+=========  ==========================================  ===============================================================
+hello                                                  ``pid`` of the holder, ``version`` of this protocol
+acquire    ``pid``, ``start_time``                     ``generation`` (or null), ``started`` (tracking began now),
+                                                       ``stopped_us``; the userfaultfd as descriptor
+renew      ``pid``, ``start_time``                     the same, after a new userfaultfd took the old one's place
+commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
+forget     ``pid`` (or null for all)                   ``forgotten``: list of pids
+list                                                   ``targets``: list of objects
+=========  ==========================================  ===============================================================
+
+From ``acquire`` until ``commit`` the target belongs to that connection, and its generation counts as lost: a client that
+dies in between (SIGKILL included) has taken pages from the tracker that no images dir holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from typing import Any
+
+VERSION = 1
+MAX_MESSAGE = 65536
+
+
+def runtime_dir() -> str:
+    """The directory of the holder's socket and of soft-dirty generations: this user's alone, gone at the next boot.
+
+    ``$INCDUMP_RUNTIME_DIR``, else ``$XDG_RUNTIME_DIR/incdump``, else ``/run/incdump`` for root and
+    ``/tmp/incdump-UID`` for others. It is made when it is missing.
+
+    :raises OSError: it cannot be made.
+    :raises PermissionError: it belongs to somebody else, or others may write to it.
+    """
+    uid = os.geteuid()
+    path = os.environ.get("INCDUMP_RUNTIME_DIR")
+    if not path:
+        base = os.environ.get("XDG_RUNTIME_DIR")
+        if uid == 0:
+            path = "/run/incdump"
+        elif base:
+            path = os.path.join(base, "incdump")
+        else:
+            path = f"/tmp/incdump-{uid}"  # noqa: S108 - checked for its owner below
+    os.makedirs(path, 0o700, exist_ok=True)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o022:
+        raise PermissionError(1, "not a directory of this user alone", path)
+    return path
+
+
+def socket_path() -> str:
+    """Where the holder of this user listens."""
+    return os.path.join(runtime_dir(), "holder.sock")
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Send one message, descriptors beside it."""
+    data = json.dumps(message).encode()
+    if len(data) > MAX_MESSAGE:
+        raise OSError(90, "message too long")
+    socket.send_fds(sock, [data], fds)
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Receive one message.
+
+    :returns: the message, or None at end of file; descriptors that came with it (close-on-exec).
+    :raises ValueError: not a JSON object; descriptors that came with it are closed.
+    """
+    data, fds, _flags, _address = socket.recv_fds(sock, MAX_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
+    if not data:
+        return None, []
+    try:
+        message = json.loads(data)
+        if not isinstance(message, dict):
+            raise ValueError("not an object")
+    except ValueError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, fds

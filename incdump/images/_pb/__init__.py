@@ -1,0 +1,1 @@
+"""Generated from the schemas in images/ at the top of the repository, by images/generate. Not to be edited."""

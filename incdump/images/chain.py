@@ -1,0 +1,242 @@
+"""Proving a chain of images dirs: ``incdump check``, and what a dump does before it trusts a parent.
+
+Every level is held to the same: it is finished; each pagemap decodes; the pages image is there and exactly as long as
+the present entries say; no two pagemaps share a pages image; each page that is left to the parent is covered by the
+parent's pagemap of the same number. As that holds between every two neighbours, every page of every level is found
+somewhere. The first thing that is wrong is raised. CRIU's restore does not notice much of this and reads wrong pages,
+or never ends.
+
+Memory use is that of the pagemaps of two levels; time goes with their entries.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from incdump.errors import BadImage, ParentMismatch
+from incdump.images.framing import raise_io_error
+from incdump.images.images_dir import ImagesDir, Kind, lazy_left, orphan
+from incdump.images.new_dir import INVENTORY
+from incdump.images.pagemap import page_offsets
+from incdump.model.runs import PAGE_SHIFT, PE_PARENT, PE_PRESENT, Entries, Runs, entry_runs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class LevelReport:
+    """What one directory of a chain holds.
+
+    :ivar path: the directory.
+    :ivar pids: the processes with a pagemap in it.
+    :ivar shmem_ids: the shared memory segments with a pagemap in it.
+    :ivar pages_present: pages in its pages images, of processes and segments.
+    :ivar pages_in_parent: pages that it leaves to its parent.
+    :ivar bytes: the size of its pages images.
+    :ivar warnings: what is odd but harms nobody, one line each.
+    """
+
+    path: Path
+    pids: tuple[int, ...]
+    shmem_ids: tuple[int, ...]
+    pages_present: int
+    pages_in_parent: int
+    bytes: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChainReport:
+    """A chain that holds.
+
+    :ivar levels: the newest directory first.
+    """
+
+    levels: tuple[LevelReport, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The warnings of all levels."""
+        return tuple(chain.from_iterable(level.warnings for level in self.levels))
+
+
+class _Table(NamedTuple):
+    """A decoded pagemap of a level."""
+
+    kind: Kind
+    number: int
+    pages_id: int
+    entries: Entries
+
+
+def check_chain(images: ImagesDir) -> ChainReport:
+    """Prove a directory and all it stands on.
+
+    :param images: the newest directory.
+    :returns: what each level holds.
+    :raises BrokenChain: a parent is missing, or does not have a page that its child leaves to it.
+    :raises BadImage: an image is damaged, missing or of the wrong size.
+    :raises UnfinishedImages: a level's dump never ended, or left pages to a lazy-pages server.
+    :raises ParentMismatch: a parent is of another process.
+    :raises ImagesIOError: something cannot be read.
+    """
+    reports = []
+    # With a closing None, so that the oldest level is a child, too: one without a parent.
+    levels = chain(images.levels(), (None,))
+    tables: dict[tuple[Kind, int], _Table] | None = None
+    for level, parent in pairwise(levels):
+        assert level is not None
+        tables = _load_all(level) if tables is None else tables
+        above = {} if parent is None else _load_all(parent)
+        reports.append(_check_level(level, tables))
+        if parent is not None:
+            _check_identities(level, parent, tables)
+        for table in tables.values():
+            _check_holes(level, parent, table, above)
+        tables = above
+    return ChainReport(tuple(reports))
+
+
+def _load_all(level: ImagesDir) -> dict[tuple[Kind, int], _Table]:
+    """Decode every pagemap of a level."""
+    tables: dict[tuple[Kind, int], _Table] = {}
+    names: list[tuple[Kind, int]] = [("pagemap", pid) for pid in level.pids()]
+    names += [("pagemap-shmem", shmem_id) for shmem_id in level.shmem_ids()]
+    for kind, number in names:
+        found = level.load(kind, number)
+        level.forget()
+        if found is None:
+            path = level.image_path(kind, number)
+            raise BadImage(f"{path} is gone: the images dir is being changed", path=path)
+        tables[kind, number] = _Table(kind, number, found.pages_id, found.entries)
+    return tables
+
+
+def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> LevelReport:
+    """Check a level by itself: inventory, pages images, flags."""
+    if INVENTORY in level.names():  # absent only where the caller allowed it
+        level.inventory()
+    owners: dict[int, _Table] = {}
+    size = in_parent = 0
+    for table in tables.values():
+        other = owners.setdefault(table.pages_id, table)
+        path = level.image_path(table.kind, table.number)
+        if other is not table:
+            raise BadImage(
+                f"{path} uses the pages image of {other.kind}-{other.number}.img, {table.pages_id}", path=path
+            )
+        size += _check_pages_image(level, table)
+        flags = table.entries[:, 2]
+        is_lazy = (flags & np.uint64(PE_PARENT | PE_PRESENT)) == 0
+        if is_lazy.any():
+            raise lazy_left(path, int(table.entries[int(is_lazy.argmax()), 0]))
+        in_parent += int(table.entries[(flags & np.uint64(PE_PARENT)) != 0, 1].sum())
+    return LevelReport(
+        path=level.path,
+        pids=tuple(level.pids()),
+        shmem_ids=tuple(level.shmem_ids()),
+        pages_present=size >> PAGE_SHIFT,
+        pages_in_parent=in_parent,
+        bytes=size,
+        warnings=tuple(_oddities(level, owners)),
+    )
+
+
+def _check_pages_image(level: ImagesDir, table: _Table) -> int:
+    """Check that a pages image is as long as its pagemap says, and return that, bytes."""
+    expected = int(page_offsets(table.entries)[-1])
+    path = level.pages_path(table.pages_id)
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        if not expected:
+            return 0
+        raise BadImage(f"{path} is missing: the images dir is damaged", path=path) from error
+    except OSError as error:
+        raise_io_error(error, "look at", path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
+        raise BadImage(
+            f"{path} has {status.st_size} bytes where {table.kind}-{table.number}.img counts {expected}: it is damaged",
+            path=path,
+            pid=_pid(table),
+        )
+    return expected
+
+
+def _check_holes(
+    level: ImagesDir, parent: ImagesDir | None, table: _Table, above: dict[tuple[Kind, int], _Table]
+) -> None:
+    """Check that the parent covers every page that a pagemap leaves to it."""
+    holes = entry_runs(table.entries[(table.entries[:, 2] & np.uint64(PE_PARENT)) != 0])
+    if not len(holes):
+        return
+    if parent is None:
+        raise orphan(level, table.kind, table.number, int(holes[0, 0]))
+    parent_table = above.get((table.kind, table.number))
+    if parent_table is None:
+        raise parent.lacks(table.kind, table.number, int(holes[0, 0]), no_pagemap=True)
+    missing = _first_missing(entry_runs(parent_table.entries), holes)
+    if missing is not None:
+        raise parent.lacks(table.kind, table.number, missing, no_pagemap=False)
+
+
+def _first_missing(outer: Runs, inner: Runs) -> int | None:
+    """The first address of `inner` that `outer` lacks, or None.
+
+    Runs do not touch each other, so a run that is covered lies within a single one.
+    """
+    if not len(outer):
+        return int(inner[0, 0])
+    row = np.searchsorted(outer[:, 0], inner[:, 0], "right").astype(np.int64) - 1
+    reach = np.where(row >= 0, outer[np.maximum(row, 0), 1], np.uint64(0))
+    wrong = reach < inner[:, 1]
+    if not wrong.any():
+        return None
+    first = int(wrong.argmax())
+    return max(int(inner[first, 0]), int(reach[first]))
+
+
+def _check_identities(level: ImagesDir, parent: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> None:
+    """Check that parent and child are of the same processes, as far as incdump.json tells."""
+    child_meta, parent_meta = level.meta(), parent.meta()
+    if child_meta is None or parent_meta is None:
+        return
+    for table in tables.values():
+        if table.kind != "pagemap" or not (table.entries[:, 2] & np.uint64(PE_PARENT)).any():
+            continue
+        ours, theirs = _identity(child_meta, table.number), _identity(parent_meta, table.number)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ParentMismatch(
+                f"{parent.path} is of an earlier process {table.number}, not of the one in {level.path}: "
+                "start a new chain",
+                path=parent.path,
+                pid=table.number,
+            )
+
+
+def _identity(meta: dict[str, Any], pid: int) -> tuple[Any, Any] | None:
+    """The boot and start time of a process in an incdump.json, or None where it does not say."""
+    processes = meta.get("processes")
+    process = processes.get(str(pid)) if isinstance(processes, dict) else None
+    if not isinstance(process, dict) or process.get("start_time") is None or meta.get("boot_id") is None:
+        return None
+    return meta["boot_id"], process["start_time"]
+
+
+def _oddities(level: ImagesDir, owners: dict[int, _Table]) -> list[str]:
+    """What is odd about a level's files but harms nobody."""
+    used = {level.pages_path(pages_id).name for pages_id in owners}
+    unused = sorted(name for name in level.names() if name.startswith("pages-") and name not in used)
+    found = [f"{level.path / name} belongs to no pagemap" for name in unused]
+    return found + ([] if owners else [f"{level.path} holds no pagemap at all"])
+
+
+def _pid(table: _Table) -> int | None:
+    return table.number if table.kind == "pagemap" else None

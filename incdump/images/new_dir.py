@@ -1,0 +1,271 @@
+"""An images dir being filled.
+
+The directory is 0700 and every file 0600, since they hold another process's memory. Nothing is ever overwritten: a
+directory that holds images is refused, and each file is created with O_EXCL. The order is what makes a dump whole or
+nothing: inventory.img comes last, under another name first, so that a directory without it is an unfinished dump,
+whatever ended it. `NewImagesDir.discard` takes back exactly what was created.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from incdump.errors import BrokenChain, ImagesDirInUse, ImagesError, UnfinishedImages
+from incdump.images.framing import Magic, create_file, frame, raise_io_error, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+INVENTORY = "inventory.img"
+PARENT = "parent"
+SIDECAR = "incdump.json"
+_UNFINISHED_INVENTORY = "inventory.img.unfinished"
+_IMAGE_NAME = re.compile(r".*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump[.-].*", re.DOTALL)
+
+
+class NewImagesDir:
+    """A new images dir, until it is finished or discarded.
+
+    As a context manager it is discarded unless `finish` was called. Methods may be called from any thread, each blocks
+    on the file system, and names of files are plain names in the directory.
+
+    :ivar path: the directory, absolute.
+    :ivar parent: the parent images dir, absolute and resolved, or None.
+    """
+
+    def __init__(self, path: Path, parent: Path | None) -> None:
+        """Not for callers: see `create`."""
+        self.path = path
+        self.parent = parent
+        self.finished = False
+        self._dir_fd = -1
+        self._made_dirs: list[Path] = []
+        self._made_files: list[str] = []
+        self._pages_ids = itertools.count(1)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], parent: str | None = None) -> NewImagesDir:
+        """Make the directory (and those above it, where missing), or take an existing one that holds no images.
+
+        :param path: the directory.
+        :param parent: the parent images dir; relative text is taken from `path`, as CRIU does, and becomes the target
+            of the ``parent`` link as it is.
+        :raises ImagesDirInUse: there are images in it already.
+        :raises BrokenChain: the parent does not exist, or is `path` itself.
+        :raises UnfinishedImages: the parent's dump never ended.
+        :raises ImagesIOError: the directory cannot be made or written to.
+        """
+        absolute = Path(os.path.abspath(path))
+        new = cls(absolute, None if parent is None else _check_parent(absolute, parent))
+        try:
+            new._make(parent)
+        except OSError as error:
+            new.discard()
+            raise_io_error(error, "make the images dir", absolute)
+        except BaseException:
+            new.discard()
+            raise
+        return new
+
+    def _make(self, parent: str | None) -> None:
+        missing = list(itertools.takewhile(lambda p: not os.path.lexists(p), (self.path, *self.path.parents)))
+        for directory in reversed(missing):
+            directory.mkdir(mode=0o700)
+            self._made_dirs.append(directory)
+        self._dir_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _refuse_images(self.path, os.listdir(self._dir_fd))
+        link = os.readlink(PARENT, dir_fd=self._dir_fd) if self._exists(PARENT) else None
+        if link is not None and link != parent:
+            raise ImagesDirInUse(
+                f"{self.path} has a parent link to {link} already; choose an empty directory", path=self.path
+            )
+        if parent is not None and link is None:
+            os.symlink(parent, PARENT, dir_fd=self._dir_fd)
+            self._made_files.append(PARENT)
+        if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+            # Said now and not after minutes of scanning.
+            probe = ".incdump-probe"
+            os.close(create_file(probe, dir_fd=self._dir_fd))
+            os.unlink(probe, dir_fd=self._dir_fd)
+
+    def __enter__(self) -> NewImagesDir:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.finished:
+            self.discard()
+
+    def __repr__(self) -> str:
+        state = "finished" if self.finished else "discarded" if self._dir_fd < 0 else "being filled"
+        return f"<NewImagesDir {self.path} {state}, {len(self._made_files)} files>"
+
+    def next_pages_id(self) -> int:
+        """A number for a pages image that no other in this directory has, from 1."""
+        return next(self._pages_ids)
+
+    def open_pages(self, pages_id: int) -> int:
+        """Create pages-N.img.
+
+        :param pages_id: N, from `next_pages_id`.
+        :returns: its descriptor, for reading and writing, which the caller closes.
+        :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
+        :raises ImagesIOError: it cannot be created.
+        """
+        name = f"pages-{pages_id}.img"
+        try:
+            fd = create_file(name, dir_fd=self._dir_fd)
+        except FileExistsError as error:
+            raise self._in_use(name) from error
+        except OSError as error:
+            raise_io_error(error, "create", self.path / name)
+        self._made_files.append(name)
+        return fd
+
+    def write_image(self, name: str, magic: Magic, records: Iterable[bytes]) -> None:
+        """Create an image from its records.
+
+        :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
+        :raises ImagesIOError: it cannot be written.
+        """
+        self.write_raw(name, frame(magic, records))
+
+    def write_raw(self, name: str, data: bytes) -> None:
+        """Create a file with these bytes.
+
+        :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
+        :raises ImagesIOError: it cannot be written.
+        """
+        if os.path.basename(name) != name:
+            raise ValueError(f"not a plain file name: {name!r}")
+        # Noted first, so that what is left of a failed write goes too; a file of somebody else is not ours to note.
+        self._made_files.append(name)
+        try:
+            write_file(name, [data], dir_fd=self._dir_fd, shown=self.path / name)
+        except FileExistsError as error:
+            self._made_files.remove(name)
+            raise self._in_use(name) from error
+
+    def remove(self, name: str) -> None:
+        """Remove a file that was created here, for what it belongs to is not part of the dump after all.
+
+        :raises ImagesIOError: it cannot be removed.
+        """
+        if name not in self._made_files:
+            raise ValueError(f"not created here: {name!r}")
+        try:
+            os.unlink(name, dir_fd=self._dir_fd)
+        except OSError as error:
+            raise_io_error(error, "remove", self.path / name)
+        self._made_files.remove(name)
+
+    def finish(self, inventory: bytes) -> None:
+        """Write inventory.img: from now on the dump is whole.
+
+        :param inventory: the file's bytes, see `incdump.images.inventory`.
+        :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
+        :raises ImagesIOError: it cannot be written.
+        """
+        self.write_raw(_UNFINISHED_INVENTORY, inventory)
+        if self._exists(INVENTORY):
+            raise self._in_use(INVENTORY)
+        try:
+            os.rename(_UNFINISHED_INVENTORY, INVENTORY, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        except OSError as error:
+            raise_io_error(error, "write", self.path / INVENTORY)
+        self._made_files.remove(_UNFINISHED_INVENTORY)
+        self._made_files.append(INVENTORY)
+        self.finished = True
+        self._close()
+
+    def discard(self) -> None:
+        """Remove everything that was created, the latest first; never fails, and may be called again.
+
+        After `finish` it still works: inventory.img is then the first to go.
+        """
+        with suppress(OSError):
+            if self._dir_fd < 0 and self._made_files:
+                self._dir_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        while self._made_files:
+            with suppress(OSError):
+                os.unlink(self._made_files.pop(), dir_fd=self._dir_fd)
+        self._close()
+        while self._made_dirs:
+            with suppress(OSError):
+                self._made_dirs.pop().rmdir()
+        self.finished = False
+
+    def _close(self) -> None:
+        fd, self._dir_fd = self._dir_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _exists(self, name: str) -> bool:
+        try:
+            os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _in_use(self, name: str) -> ImagesDirInUse:
+        return ImagesDirInUse(
+            f"{name} appeared in {self.path}: another dump writes there; choose another images dir", path=self.path
+        )
+
+
+def _refuse_images(path: Path, names: list[str]) -> None:
+    """Raise `ImagesDirInUse` if any of the names is an image's."""
+    found = sorted(name for name in names if _IMAGE_NAME.fullmatch(name))
+    if INVENTORY in found:
+        raise ImagesDirInUse(f"{path} already holds a dump; choose another images dir", path=path)
+    if found:
+        raise ImagesDirInUse(
+            f"{path} holds an unfinished dump ({found[0]}, no {INVENTORY}); remove it or choose another images dir",
+            path=path,
+        )
+
+
+def _check_parent(path: Path, parent: str) -> Path:
+    """Resolve a parent, relative to an images dir that may not exist yet, and prove it whole.
+
+    :returns: the parent, absolute and resolved.
+    """
+    here = os.path.realpath(path)
+    resolved = Path(os.path.realpath(os.path.join(here, parent)))
+    if os.fspath(resolved) == here:
+        raise BrokenChain(f"{path} cannot be its own parent; give the previous images dir", path=path)
+    try:
+        is_dir = resolved.is_dir()
+        is_finished = is_dir and (resolved / INVENTORY).is_file()
+    except OSError as error:
+        raise_io_error(error, "look into the parent images dir", resolved)
+    if not is_dir:
+        raise BrokenChain(
+            f"the parent images dir {parent} does not exist: it is taken from {path}, so that is {resolved}"
+            f"{_parent_hint(here, parent)}",
+            path=resolved,
+        )
+    if not is_finished:
+        raise unfinished(resolved)
+    return resolved
+
+
+def _parent_hint(here: str, parent: str) -> str:
+    """What to give instead, when the path was given as seen from the working directory."""
+    if os.path.isabs(parent) or not os.path.isdir(parent):
+        return ""
+    return f"; perhaps {os.path.relpath(os.path.realpath(parent), here)} is meant"
+
+
+def unfinished(path: Path) -> ImagesError:
+    """The error for an images dir without an inventory."""
+    return UnfinishedImages(
+        f"{path} holds no finished dump (no {INVENTORY}): remove it, and start from an older one", path=path
+    )

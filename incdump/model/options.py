@@ -1,0 +1,39 @@
+"""What a caller may ask for: one frozen value, handed down whole."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
+PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
+Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
+
+TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
+PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")
+
+
+def default_writers() -> int:
+    """As many page-xfer writers as there are processors to run them, at most 4."""
+    return max(1, min(4, len(os.sched_getaffinity(0))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DumpOptions:
+    """How to dump.
+
+    :ivar tracker: which tracker, or ``"auto"``: the first that proves itself.
+    :ivar pagemap: which pagemap reader, or ``"auto"``: the fastest that the kernel has.
+    :ivar writers: how many page-xfer writers work side by side.
+    :ivar require_incremental: fail with `incdump.TrackerLost` rather than dump everything against a parent.
+    :ivar afterwards: what becomes of the tree after a dump; a pre-dump always leaves it running.
+    :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
+    """
+
+    tracker: TrackerName = "auto"
+    pagemap: PagemapName = "auto"
+    writers: int = field(default_factory=default_writers)
+    require_incremental: bool = False
+    afterwards: Afterwards = "running"
+    freeze_timeout: float = 10.0

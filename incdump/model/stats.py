@@ -1,0 +1,97 @@
+"""Counters and times of a dump, under CRIU's names.
+
+Times are microseconds. The first block is what CRIU keeps in stats-dump (images/stats.proto); the second is
+incdump's own and goes to ``--json`` and the library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class DumpStats:
+    """What one dump did.
+
+    :ivar freezing_time: from the start of seizing the tree until every thread is stopped.
+    :ivar frozen_time: from there until the tree is let go; 0 for a pre-dump that never stopped it.
+    :ivar memdump_time: finding out what to write: VMAs, pagemap windows, classification, tracker.
+    :ivar memwrite_time: writing pages and pagemaps (sums over writers that ran side by side are not made: wall time).
+    :ivar pages_scanned: populated pages of private memory that were looked at.
+    :ivar pages_skipped_parent: of these, left to the parent images as holes.
+    :ivar pages_written: of these, written.
+    :ivar pages_lazy: always 0, pages are never left for later.
+    :ivar page_pipes: chunks handed to writers.
+    :ivar page_pipe_bufs: runs in these chunks.
+    :ivar shpages_scanned: the same for shared memory segments.
+    :ivar shpages_skipped_parent: the same for shared memory segments.
+    :ivar shpages_written: the same for shared memory segments.
+    :ivar scan_time: time in which the reader and classify stages were busy, summed.
+    :ivar total_time: from the call to the finished images dir.
+    :ivar stopped_time: time in which any thread of the tree was kept stopped by incdump, in all: freezing and frozen
+        time of a dump; the injection of one system call when tracking starts.
+    :ivar pages_untracked: pages written whole because no tracker could vouch for their mapping or process.
+    :ivar pages_compared: pages read and compared by hash, for want of a tracker or by ``--tracker content``.
+    :ivar pages_vanished: pages that were gone before they could be read (pre-dumps of a running target only).
+    :ivar bytes_written: size of all pages images.
+    """
+
+    freezing_time: int = 0
+    frozen_time: int = 0
+    memdump_time: int = 0
+    memwrite_time: int = 0
+    pages_scanned: int = 0
+    pages_skipped_parent: int = 0
+    pages_written: int = 0
+    pages_lazy: int = 0
+    page_pipes: int = 0
+    page_pipe_bufs: int = 0
+    shpages_scanned: int = 0
+    shpages_skipped_parent: int = 0
+    shpages_written: int = 0
+    scan_time: int = 0
+    total_time: int = 0
+    stopped_time: int = 0
+    pages_untracked: int = 0
+    pages_compared: int = 0
+    pages_vanished: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(slots=True)
+class DumpResult:
+    """The outcome of a dump.
+
+    :ivar images_dir: absolute path of the directory that was filled.
+    :ivar parent: absolute path of the parent images dir, or None.
+    :ivar pid: the root of the target tree.
+    :ivar pids: every process dumped, the root first.
+    :ivar exited: processes of the tree that were gone before they could be dumped.
+    :ivar tracker: the tracker that was used (``"uffd-wp"``, ``"soft-dirty"``, ``"content"``).
+    :ivar tracker_reason: why that one.
+    :ivar pagemap: the pagemap reader that was used (``"scan"``, ``"cache"``, ``"plain"``).
+    :ivar generation: the generation recorded in the images dir, a hexadecimal text.
+    :ivar incremental: whether the parent was built upon (for the root process).
+    :ivar stats: counters and times.
+    :ivar warnings: every fallback that was taken, one line each.
+    """
+
+    images_dir: str
+    pid: int
+    parent: str | None = None
+    pids: list[int] = field(default_factory=list)
+    exited: list[int] = field(default_factory=list)
+    tracker: str = ""
+    tracker_reason: str = ""
+    pagemap: str = ""
+    generation: str = ""
+    incremental: bool = False
+    stats: DumpStats = field(default_factory=DumpStats)
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """A flat JSON object: the counters beside the other fields."""
+        flat = asdict(self)
+        flat.update(flat.pop("stats"))
+        return flat

@@ -1,0 +1,143 @@
+"""Which process is this, beyond its pid: start time and boot.
+
+A pid is used again after its process is gone. The start time in field 22 of /proc/PID/stat, in clock ticks since boot,
+tells the two apart; the boot id tells boots apart. exec(2) keeps both: the address space is new all the same.
+
+This module is stdlib only: the small holder process uses it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from functools import cache
+
+from incdump.errors import NoSuchTarget
+
+PF_KTHREAD = 0x00200000
+"""Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A process, told apart from all others that have had its pid.
+
+    :ivar pid: the process id.
+    :ivar start_time: clock ticks from boot to the start of the process.
+    :ivar boot_id: /proc/sys/kernel/random/boot_id.
+    """
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """The fields of /proc/PID/stat that matter here (proc(5)).
+
+    :ivar state: one letter: R, S, D, T (stopped), t (traced), Z (zombie), X (dead), I, P.
+    :ivar flags: PF_* bits of the kernel.
+    :ivar num_threads: threads that are left; 1 for a zombie.
+    :ivar start_time: clock ticks since boot.
+    """
+
+    pid: int
+    comm: str
+    state: str
+    ppid: int
+    pgid: int
+    sid: int
+    flags: int
+    num_threads: int
+    start_time: int
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no thread is left to run. A leader that exited before its threads is a "Z" too, but not dead."""
+        return self.state in "ZXx" and self.num_threads <= 1
+
+
+def parse_stat(text: bytes) -> Stat:
+    """Parse /proc/PID/stat; comm may hold blanks and parentheses, so it ends at the *last* parenthesis."""
+    head, _, tail = text.rpartition(b")")
+    pid, _, comm = head.partition(b" (")
+    field = tail.split()  # field[0] is field 3 of proc(5)
+    return Stat(
+        pid=int(pid),
+        comm=os.fsdecode(comm),
+        state=field[0].decode(),
+        ppid=int(field[1]),
+        pgid=int(field[2]),
+        sid=int(field[3]),
+        flags=int(field[6]),
+        num_threads=int(field[17]),
+        start_time=int(field[19]),
+    )
+
+
+def read_proc(path: str) -> bytes:
+    """The whole of a small /proc file.
+
+    :raises ProcessLookupError: the process is gone (a vanished /proc/PID counts as that, too).
+    :raises OSError: anything else, EACCES for example.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.readall() or b""
+    except FileNotFoundError as e:
+        raise ProcessLookupError(e.errno, e.strerror, path) from None
+
+
+def read_stat(pid: int) -> Stat:
+    """Read /proc/PID/stat; `pid` may be any thread's.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    return parse_stat(read_proc(f"/proc/{pid}/stat"))
+
+
+@cache
+def boot_id() -> str:
+    """The id of this boot, a UUID."""
+    return read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def identify(pid: int) -> Identity:
+    """The identity of a process that exists.
+
+    :raises NoSuchTarget: it does not.
+    """
+    try:
+        return Identity(pid, read_stat(pid).start_time, boot_id())
+    except ProcessLookupError as e:
+        raise no_such_target(pid, e.errno) from None
+
+
+def is_same(identity: Identity) -> bool:
+    """Whether that very process is still alive; a zombie is not."""
+    try:
+        stat = read_stat(identity.pid)
+    except ProcessLookupError:
+        return False
+    return not stat.is_dead and stat.start_time == identity.start_time and boot_id() == identity.boot_id
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor that goes on meaning this process: readable (poll) when it has exited. The caller closes it.
+
+    :raises NoSuchTarget: there is no such process, or `pid` is a thread that does not lead its process.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except OSError as e:
+        # A thread that leads no process is EINVAL, or ENOENT on newer kernels; so is a pid below 1.
+        if e.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            raise no_such_target(pid, e.errno) from None
+        raise
+
+
+def no_such_target(pid: int, number: int | None = None) -> NoSuchTarget:
+    """The error for a pid that nobody has."""
+    return NoSuchTarget(f"there is no process {pid}: check the pid (ps -p {pid})", pid=pid, errno=number)

@@ -1,0 +1,209 @@
+"""Reading another process's memory, page runs at a time.
+
+process_vm_readv(2) is the way: one call copies up to 1024 runs into the buffer. It obeys the target's page protections
+and ends at the first page it may not read. From there on the rest of that run is read through /proc/PID/mem, which
+reads PROT_NONE memory as well (unless the kernel is told otherwise, see `incdump.kerndat.proc_mem_force`). A page that
+neither can read is skipped: it was unmapped meanwhile, or is a guard page, or lies beyond the end of its file. Where
+nothing is mapped at all, the whole hole is skipped at once.
+
+process_vm_readv goes by pid, /proc/PID/mem by the address space that the process had when the file was opened. Both
+are the same until the process exits or calls exec; then /proc/PID/mem reads nothing any more, which is asked after
+each read: so bytes of a new program, or of a new process under the old pid, are never taken for the target's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from itertools import pairwise
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from incdump._uapi.memory import IOV_MAX, process_vm_readv, query_vma
+from incdump.errors import NoSuchTarget, TargetDenied, TargetExited
+from incdump.model.runs import PAGE_SIZE, Runs, canonical, empty_runs
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class ProcessMemory:
+    """The memory of one process, open for reading. Any number of threads may read at once.
+
+    Use it as a context manager, or `close` it.
+
+    :param pid: the process; it must be alive, and readable with ptrace rights, now.
+    :raises NoSuchTarget: it is not there.
+    :raises TargetDenied: it may not be read.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._mem_fd = -1
+        self._maps_fd = -1
+        try:
+            self._mem_fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+            self._maps_fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as e:
+            self.close()
+            message = f"no permission to read the memory of process {pid}: run as its user or as root (CAP_SYS_PTRACE)"
+            raise TargetDenied(message, pid=pid, errno=e.errno) from None
+        except (FileNotFoundError, ProcessLookupError) as e:
+            self.close()
+            raise NoSuchTarget(f"there is no process {pid}", pid=pid, errno=e.errno) from None
+
+    def __repr__(self) -> str:
+        return f"<ProcessMemory of {self.pid}{', closed' if self._mem_fd < 0 else ''}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; reads that are under way in other threads must be over."""
+        fds = self._mem_fd, self._maps_fd
+        self._mem_fd = self._maps_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+    def read_into(
+        self, buffer: memoryview | NDArray[np.uint8], runs: Runs, *, unreadable: NDArray[np.bool_] | None = None
+    ) -> Runs:
+        """Read runs of pages, back to back, into a buffer.
+
+        :param buffer: writable, contiguous, at least as many bytes as the runs have; the rest is left alone.
+        :param runs: shape (n, 2), start and end in bytes.
+        :param unreadable: hint, shape (n,): runs known to be in mappings without PROT_READ, to be read through
+            /proc/PID/mem at once. A wrong hint costs time only.
+        :returns: the pages that could not be read; in the buffer they are zero.
+        :raises TargetExited: the process, or the program it ran, is gone: the buffer's contents mean nothing.
+        """
+        into = np.frombuffer(buffer, np.uint8)
+        reading = _Reading(self.pid, self._mem_fd, self._maps_fd, into, runs)
+        if unreadable is None or not unreadable.any():
+            reading.read(0, len(runs))
+        else:
+            reading.read_by_hint(unreadable)
+        self._check_alive(int(runs[0, 0]) if len(runs) else 0)
+        return canonical(np.array(reading.failed, np.uint64)) if reading.failed else empty_runs()
+
+    def _check_alive(self, address: int) -> None:
+        """Make sure that the address space that was opened is still in use: reading it gives a byte, or an error."""
+        try:
+            if os.pread(self._mem_fd, 1, address):
+                return
+        except OSError as e:
+            if e.errno in (errno.EIO, errno.EFAULT):
+                return
+            raise
+        raise _exited(self.pid)
+
+
+def _exited(pid: int) -> TargetExited:
+    message = f"process {pid} exited, or replaced its program by exec, while its memory was being read"
+    return TargetExited(message, pid=pid, errno=errno.ESRCH)
+
+
+class _Reading:
+    """One call of `ProcessMemory.read_into`: where each run goes, and what failed so far."""
+
+    def __init__(self, pid: int, mem_fd: int, maps_fd: int, into: NDArray[np.uint8], runs: Runs) -> None:
+        lengths = runs[:, 1] - runs[:, 0]
+        self.pid = pid
+        self.mem_fd = mem_fd
+        self.maps_fd = maps_fd
+        self.into = into
+        self.view = into.data
+        self.base = into.ctypes.data
+        self.remote = np.stack((runs[:, 0], lengths), axis=1)
+        self.ends = np.cumsum(lengths).astype(np.int64)  # in the buffer, of each run
+        self.failed: list[tuple[int, int]] = []
+        if len(runs) and int(self.ends[-1]) > len(into):
+            raise ValueError(f"the runs have {int(self.ends[-1])} bytes, the buffer only {len(into)}")
+        if not into.flags.writeable:
+            raise ValueError("the buffer is read-only")
+
+    def begin_of(self, run: int) -> int:
+        """Where a run begins in the buffer."""
+        return int(self.ends[run - 1]) if run else 0
+
+    def read_by_hint(self, unreadable: NDArray[np.bool_]) -> None:
+        """Read groups of runs that are readable or not, according to the hint."""
+        bounds = [0, *(np.flatnonzero(np.diff(unreadable)) + 1).tolist(), len(unreadable)]
+        for first, last in pairwise(bounds):
+            if unreadable[first]:
+                for run in range(first, last):
+                    self.read_slowly(run, 0)
+            else:
+                self.read(first, last)
+
+    def read(self, first: int, last: int) -> None:
+        """Read runs ``[first, last)``."""
+        local = np.empty((1, 2), np.uint64)
+        while first < last:
+            stop = min(first + IOV_MAX, last)
+            begin = self.begin_of(first)
+            wanted = int(self.ends[stop - 1]) - begin
+            local[0] = self.base + begin, wanted
+            copied = self.copy(local, self.remote[first:stop])
+            if copied == wanted:
+                first = stop
+                continue
+            # The page at which the copy ended lies in this run: the first that ends beyond it.
+            run = int(np.searchsorted(self.ends, begin + copied, "right"))
+            self.read_slowly(run, begin + copied - self.begin_of(run))
+            first = run + 1
+
+    def copy(self, local: NDArray[np.uint64], remote: NDArray[np.uint64]) -> int:
+        """Copy as far as it goes; 0 when the very first page cannot be read, or process_vm_readv is not allowed."""
+        try:
+            return process_vm_readv(self.pid, local, remote)
+        except ProcessLookupError:
+            raise _exited(self.pid) from None
+        except OSError as e:
+            if e.errno in (errno.EFAULT, errno.EPERM, errno.ENOSYS):
+                return 0
+            raise
+
+    def read_slowly(self, run: int, done: int) -> None:
+        """Read a run through /proc/PID/mem, from `done` bytes into it; note what cannot be read."""
+        start, length = (int(number) for number in self.remote[run])
+        begin = self.begin_of(run)
+        while done < length:
+            copied = self.pread(begin + done, begin + length, start + done)
+            done += copied
+            if done >= length:
+                return
+            if not copied:
+                skipped = min(self.unmapped(start + done), length - done)
+                self.failed.append((start + done, start + done + skipped))
+                self.into[begin + done : begin + done + skipped] = 0
+                done += skipped
+
+    def pread(self, begin: int, end: int, address: int) -> int:
+        """Fill ``[begin, end)`` of the buffer from an address, as far as it goes, in whole pages; 0 on a bad page."""
+        try:
+            copied = os.preadv(self.mem_fd, (self.view[begin:end],), address)
+        except OSError as e:
+            if e.errno in (errno.EIO, errno.EFAULT):
+                return 0
+            raise
+        if copied == 0:
+            raise _exited(self.pid)
+        return copied & -PAGE_SIZE
+
+    def unmapped(self, address: int) -> int:
+        """How many bytes can be skipped at an unreadable page: to the next mapping, or a page if it is mapped."""
+        try:
+            found = query_vma(self.maps_fd, address)
+        except ProcessLookupError:
+            raise _exited(self.pid) from None
+        except OSError:  # a kernel without PROCMAP_QUERY: page by page
+            return PAGE_SIZE
+        if found is None:
+            return 1 << 63
+        return max(found[0] - address, PAGE_SIZE)

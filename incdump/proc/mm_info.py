@@ -1,0 +1,79 @@
+"""What /proc says of an address space besides its mappings, as a `MmInfo`.
+
+/proc/PID/stat has the bounds of code, data, heap, stack, arguments and environment (fields 26 to 28 and 45 to 51 of
+proc(5)); all but the first are 0 for a reader without ptrace rights. The end of the heap is in no file; the end of its
+mapping, which is that rounded up to a page, has to do. Whether the process is dumpable shows only in who owns its
+files in /proc: root instead of its own user, if it is not.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+
+from incdump.errors import TargetDenied, TargetExited
+from incdump.model.mm import MmInfo
+from incdump.proc.identity import no_such_target, read_proc
+
+_FIRST_FIELD = 3  # of what follows the comm in /proc/PID/stat
+_SUID_DUMP_USER = 1
+
+
+def read_mm_info(pid: int) -> MmInfo:
+    """Read it; exact only while the process is stopped.
+
+    :raises NoSuchTarget: there is no such process.
+    :raises TargetDenied: its files may not be read.
+    :raises TargetExited: it has no address space any more.
+    """
+    try:
+        stat = read_proc(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        words = array("Q", _whole_words(read_proc(f"/proc/{pid}/auxv")))
+        status = read_proc(f"/proc/{pid}/status")
+        owner = os.stat(f"/proc/{pid}/auxv").st_uid
+    except PermissionError as error:
+        message = f"no permission to read process {pid}: run as its user or as root (CAP_SYS_PTRACE)"
+        raise TargetDenied(message, pid=pid, errno=error.errno) from None
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise no_such_target(pid, error.errno) from None
+    if not words:
+        raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
+    fields = {line.partition(b":")[0]: line.partition(b":")[2].split() for line in status.splitlines()}
+    return _mm_info([int(word) if word.isdigit() else 0 for word in stat], tuple(words), fields, owner)
+
+
+def _whole_words(data: bytes) -> bytes:
+    return data[: len(data) // 8 * 8]
+
+
+def _mm_info(stat: list[int], auxv: tuple[int, ...], status: dict[bytes, list[bytes]], owner: int) -> MmInfo:
+    def field(number: int) -> int:
+        index = number - _FIRST_FIELD
+        return stat[index] if index < len(stat) else 0
+
+    effective_uid = int(status[b"Uid"][1])
+    thp = status.get(b"THP_enabled")
+    return MmInfo(
+        start_code=field(26),
+        end_code=field(27),
+        start_stack=field(28),
+        start_data=field(45),
+        end_data=field(46),
+        start_brk=field(47),
+        arg_start=field(48),
+        arg_end=field(49),
+        env_start=field(50),
+        env_end=field(51),
+        auxv=auxv,
+        dumpable=_dumpable(effective_uid, owner),
+        thp_disabled=None if thp is None else thp == [b"0"],
+    )
+
+
+def _dumpable(effective_uid: int, owner: int) -> int | None:
+    """1 if the process's own user owns its /proc files; else None: 0 looks as 2 does, and for root all look alike."""
+    return _SUID_DUMP_USER if owner == effective_uid != 0 else None
+
+
+assert sys.byteorder == "little"  # what the images have, and every machine that incdump runs on

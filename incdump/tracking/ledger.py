@@ -1,0 +1,67 @@
+"""What a dump has taken from a tracker and not yet put into a finished images dir.
+
+Reading a tracker clears it. Until the images of the round are complete, this process alone knows what was cleared, so
+it is written down here before anything else can happen, and given back if the round fails (invariant 3). A scan that is
+still running in its thread when the round is given up is waited for: the lock is held over each system call together
+with the record of its answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump.model.runs import canonical, empty_runs, page_count, run
+
+if TYPE_CHECKING:
+    from incdump.model.runs import Runs
+
+COALESCE_RUNS = 1 << 16
+"""Above so many pieces the ledger is put in order, which merges those that touch."""
+
+
+class Ledger:
+    """The pages taken from one process's tracker in one round."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._pieces: list[Runs] = []
+        self._count = 0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Ledger {page_count(self.taken())} pages{', closed' if self._closed else ''}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing may be taken any more."""
+        return self._closed
+
+    def record(self, runs: Runs) -> None:
+        """Note pages as taken; the caller holds `lock` since before they were.
+
+        :param runs: shape (n, 2), need not be canonical.
+        """
+        if not len(runs):
+            return
+        self._pieces.append(np.array(runs[:, :2], np.uint64))
+        self._count += len(runs)
+        if self._count > COALESCE_RUNS and len(self._pieces) > 1:
+            self._pieces = [canonical(np.concatenate(self._pieces))]
+            self._count = len(self._pieces[0])
+
+    def record_span(self, lo: int, hi: int) -> None:
+        """Note a whole span as taken: what was in it is not known."""
+        self.record(run(lo, hi))
+
+    def taken(self) -> Runs:
+        """All pages taken so far."""
+        return canonical(np.concatenate(self._pieces)) if self._pieces else empty_runs()
+
+    def close(self) -> Runs:
+        """Let nothing more be taken, wait for a scan that is under way, and return all that was."""
+        with self.lock:
+            self._closed = True
+            return self.taken()

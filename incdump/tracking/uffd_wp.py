@@ -1,0 +1,211 @@
+"""Tracking writes by asynchronous userfaultfd write protection (kernel 6.7 and later).
+
+The kernel write-protects a page and lets the first write through on its own, clearing the mark; PAGEMAP_SCAN tells
+which pages lost it, and sets it again in the same step (Documentation/admin-guide/mm/userfaultfd.rst, pagemap.rst).
+The target need not be stopped.
+
+One round on one process, in this order:
+
+1. `register`: every private mapping joins the userfaultfd. A mapping that is new since the last round joins now, with
+   no page of it marked, so all of it counts as written.
+2. `windows`: get and clear, page by page, in one atomic step; what was cleared goes to the ledger at once.
+3. The caller reads the pages: after they were cleared, never before (invariant 2). A write that comes in between marks
+   the page as written again, for the next round.
+4. Nothing more if the round succeeds; `give_back` if it does not.
+
+What is marked, and what is not: only pages that belong in an image. Marking an empty page table entry would leave a
+marker that others take for a swapped page; the zero page and a file's own pages are replaced by a fresh, unmarked page
+when they are written to, so that nothing is missed by leaving them alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump._uapi import userfaultfd as uapi
+from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
+from incdump.model.regions import PageIs, Window, mark, merge_into
+from incdump.model.runs import PAGE_SIZE, canonical, empty_regions
+from incdump.model.vmas import VmaFlag, VmaKind
+from incdump.proc.pagemap import ScanReader
+from incdump.tracking.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from incdump.model.runs import Regions, Runs
+    from incdump.model.vmas import VmaTable
+    from incdump.proc.pagemap import PagemapReader
+
+NAME = "uffd-wp"
+
+_TRACKABLE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
+_NOT_OURS = PageIs.FILE | PageIs.PFNZERO | PageIs.GUARD
+_MAX_GIVE_BACK = 1 << 14
+"""More runs than this are given back in coarser spans: what is given back in excess is only written once more."""
+
+
+class AddressSpaceGone(Exception):
+    """The userfaultfd's address space is not the process's any more: it has called execve(2), or exited."""
+
+
+class UffdWpRound:
+    """One process's round with its userfaultfd. Its methods block; none is safe to run beside another of them,
+    except `give_back`, which waits for a scan that is under way."""
+
+    def __init__(self, uffd: int, pagemap_fd: int) -> None:
+        self._uffd = uffd
+        self._pagemap_fd = pagemap_fd
+        self.ledger = Ledger()
+
+    def register(self, vmas: VmaTable) -> NDArray[np.bool_]:
+        """Have the kernel watch every mapping that it can.
+
+        Neighbours are registered by one call, whatever lies unmapped between them; only where that fails, one by one.
+
+        :param vmas: all mappings of the process.
+        :returns: for each VMA whether it is watched, shape (n,), bool. One that is not belongs to somebody else's
+            userfaultfd, has vanished, or is of a kind that is never watched.
+        :raises AddressSpaceGone: the process has another address space by now.
+        """
+        eligible = vmas.of_kind(*_TRACKABLE)
+        foreign = VmaFlag.DROPPABLE | VmaFlag.UFFD_MISSING | VmaFlag.UFFD_MINOR
+        if vmas.has_flags:
+            eligible &= (vmas.flags & np.uint64(foreign)) == 0
+        watched = np.zeros(len(vmas), bool)
+        for first, last in _stretches(eligible):
+            lo, hi = int(vmas.start[first]), int(vmas.end[last])
+            if self._register(lo, hi):
+                watched[first : last + 1] = True
+            elif first != last:
+                for i in range(first, last + 1):
+                    watched[i] = self._register(int(vmas.start[i]), int(vmas.end[i]))
+        return watched
+
+    def _register(self, lo: int, hi: int) -> bool:
+        try:
+            uapi.register_wp(self._uffd, lo, hi - lo)
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                raise AddressSpaceGone from error
+            if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.ENOMEM):
+                return False
+            raise
+        return True
+
+    def windows(
+        self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], *, rearm: bool = True
+    ) -> Iterator[Window]:
+        """Read what is populated and what was written, and mark it as clean again.
+
+        :param reader: the pagemap reader for what the write-protecting scan does not itself report.
+        :param vmas: the mappings that are wanted, ascending.
+        :param watched: of these, which `register` has put under watch.
+        :param rearm: False leaves the marks as they are: for a process that nobody will dump again.
+        :returns: windows over all of `vmas`; pages of watched mappings have WPALLOWED, and WRITTEN where they were.
+        """
+        if not watched.any():
+            yield from reader.windows(self._pagemap_fd, vmas)
+        elif reader.name == "scan":
+            yield from self._by_scan(reader, vmas, watched, rearm)
+        else:
+            yield from self._by_entries(reader, vmas, watched, rearm)
+
+    def _by_scan(
+        self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool
+    ) -> Iterator[Window]:
+        """One scan gets and clears the watched mappings; the others were read before, and are merged in."""
+        others = [w.regions for w in reader.windows(self._pagemap_fd, vmas.select(~watched))] if not watched.all() else []
+        unwatched = np.concatenate(others) if others else empty_regions()
+        return merge_into(self._taking_scan(vmas.select(watched), rearm), unwatched)
+
+    def _taking_scan(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
+        scan = ScanReader(
+            flags=PM_SCAN_WP_MATCHING if rearm else 0,
+            inverted=_NOT_OURS,
+            mask=PageIs.WPALLOWED | _NOT_OURS,
+            anyof=PageIs.PRESENT | PageIs.SWAPPED,
+            on_regions=self._record if rearm else None,
+            on_failure=self.ledger.record_span if rearm else None,
+        )
+        windows = scan.windows(self._pagemap_fd, vmas)
+        while True:
+            with self.ledger.lock:
+                if self.ledger.closed:
+                    return
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window
+
+    def _record(self, regions: Regions) -> None:
+        self.ledger.record(regions[(regions[:, 2] & np.uint64(PageIs.WRITTEN)) != 0])
+
+    def _by_entries(
+        self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool
+    ) -> Iterator[Window]:
+        """Get and clear everything first, then look at the entries: what either calls written, is."""
+        for _ in self._taking_scan(vmas.select(watched), rearm):
+            pass
+        written = self.ledger.taken()
+        spans = canonical(vmas.spans(watched))
+        for window in reader.windows(self._pagemap_fd, vmas):
+            regions = mark(window.regions, spans, PageIs.WPALLOWED)
+            yield Window(window.lo, window.hi, mark(regions, written, PageIs.WRITTEN))
+
+    def give_back(self, runs: Runs | None = None) -> None:
+        """Make pages count as written again, by taking the protection off.
+
+        :param runs: which; None for all that this round has taken, after which it takes nothing more.
+        :raises OSError: the kernel refused; the generation is then lost. A mapping that is gone is no failure: one
+            that takes its place is not watched, and so counts as written.
+        """
+        if runs is None:
+            runs = self.ledger.close()
+        for lo, hi in _coarser(runs).tolist():
+            with contextlib.suppress(_Vanished):
+                self._unprotect(lo, hi)
+
+    def _unprotect(self, lo: int, hi: int) -> None:
+        try:
+            uapi.writeprotect(self._uffd, lo, hi - lo, False)
+        except OSError as error:
+            if error.errno == errno.ESRCH:
+                return
+            if error.errno != errno.ENOENT or hi - lo <= PAGE_SIZE:
+                if error.errno == errno.ENOENT:
+                    raise _Vanished from error
+                raise
+            # Part of the span is mapped no more, or is not ours: halve it, so that what is left is not skipped.
+            middle = lo + ((hi - lo) >> 1 & ~(PAGE_SIZE - 1))
+            for part in ((lo, middle), (middle, hi)):
+                with contextlib.suppress(_Vanished):
+                    self._unprotect(*part)
+
+
+class _Vanished(Exception):
+    """A single page is not mapped, or not watched, any more."""
+
+
+def _stretches(eligible: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """First and last index of each stretch of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], eligible, [False]))))
+    for first, end in edges.reshape(-1, 2).tolist():
+        yield first, end - 1
+
+
+def _coarser(runs: Runs) -> Runs:
+    """The same pages and, if they come in too many runs, some around them."""
+    grain = 16
+    while len(runs) > _MAX_GIVE_BACK:
+        mask = np.uint64((1 << grain) - 1)
+        wide = np.stack((runs[:, 0] & ~mask, (runs[:, 1] + mask) & ~mask), axis=1)
+        runs = canonical(wide)
+        grain += 1
+    return runs

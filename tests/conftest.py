@@ -1,0 +1,109 @@
+"""Fixtures for all tests.
+
+- `churn`, `rewriter`: factories of target processes (tests/targets/build.py); what they started is ended with the test.
+- `images_root`: a directory on disk, mode 0700, for images dirs.
+- Every session has its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket is), and fails if a process that it
+  started, directly or not, is left at the end.
+- ``INCDUMP_REQUIRE_ALL=1`` turns skipped tests into failures (tests/require_all.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.targets import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytest_plugins = ("pytester", "tests.require_all")
+
+MARK = "INCDUMP_TEST_SESSION"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_dir() -> Iterator[Path]:
+    """The session's private INCDUMP_RUNTIME_DIR."""
+    with tempfile.TemporaryDirectory(prefix="incdump-run-", ignore_cleanup_errors=True) as name:
+        os.environ["INCDUMP_RUNTIME_DIR"] = name
+        yield Path(name)
+        del os.environ["INCDUMP_RUNTIME_DIR"]
+
+
+def _environment(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes that have inherited this session's mark and have not exited."""
+    wanted = f"{MARK}={mark}".encode()
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [pid for pid in pids if pid != os.getpid() and wanted in _environment(pid)]
+
+
+def _describe(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return f"{pid}: {Path(f'/proc/{pid}/cmdline').read_bytes().replace(bytes(1), b' ').decode(errors='replace')}"
+    return str(pid)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left(runtime_dir: Path) -> Iterator[None]:
+    """Mark what this session starts (the environment is inherited); at the end nothing marked may live on.
+
+    A holder leaves by itself when its last target is gone; it has some seconds for that.
+    """
+    mark = os.environ[MARK] = uuid.uuid4().hex
+    yield
+    deadline = time.monotonic() + 10
+    while (left := _marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    del os.environ[MARK]
+    if left:
+        text = "; ".join(_describe(pid) for pid in left)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"the tests left processes behind: {text}")
+
+
+@pytest.fixture
+def images_root() -> Iterator[Path]:
+    """An empty directory on disk, mode 0700."""
+    with tempfile.TemporaryDirectory(prefix="incdump-images-", dir="/var/tmp") as name:
+        yield Path(name)
+
+
+def _factory(start: Callable[..., build.Target]) -> Iterator[Callable[..., build.Target]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: object) -> build.Target:
+            try:
+                return stack.enter_context(start(**options))
+            except build.NoCompilerError as error:
+                pytest.skip(str(error))
+
+        yield make
+
+
+@pytest.fixture
+def churn() -> Iterator[Callable[..., build.Target]]:
+    """`build.churn`, whose targets end with the test."""
+    yield from _factory(build.churn)
+
+
+@pytest.fixture
+def rewriter() -> Iterator[Callable[..., build.Target]]:
+    """`build.rewriter`, whose targets end with the test."""
+    yield from _factory(build.rewriter)
