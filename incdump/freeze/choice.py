@@ -190,9 +190,10 @@ def _read_at(memory: int, base: int) -> bytes:
         return b""
 
 
+def _no_memory(pid: int) -> TargetUnsuitable:
+    return TargetUnsuitable(f"process {pid} has no memory of its own: it is a zombie or a kernel thread", pid=pid)
+
+
 def _denied(pid: int) -> TargetDenied:
-    return TargetDenied(
-        f"not allowed to look into process {pid}: run as its user or as root (CAP_SYS_PTRACE)",
-        pid=pid,
-        errno=errno.EPERM,
-    )
+    message = f"not allowed to look into process {pid}: run as its user or as root (CAP_SYS_PTRACE)"
+    return TargetDenied(message, pid=pid, errno=errno.EPERM)

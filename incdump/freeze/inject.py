@@ -68,7 +68,7 @@ def inject_userfaultfd(pid: int, flags: int, *, on_stopped: Callable[[], None] |
     """Have process `pid` create a userfaultfd for its address space, and take it over.
 
     :param flags: of userfaultfd(2): ``O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY``.
-    :param on_stopped: called when the thread stands still and nothing has been changed yet; what it raises, this raises.
+    :param on_stopped: called when the thread stands still and nothing has been changed yet; what it raises is raised.
     :returns: the descriptor, close-on-exec, which the caller closes; and the microseconds for which one thread of the
         target was kept from running.
     :raises NoSuchTarget: there is no such process.
@@ -136,7 +136,7 @@ class _Work:
         if is_gone(self.pid, self.pid):
             raise TargetExited(f"process {self.pid} exited", pid=self.pid)
         raise InjectionFailed(
-            f"no thread of process {self.pid} stopped within {STOP_TIMEOUT:g} s: is its cgroup frozen, or its disk gone?",
+            f"no thread of process {self.pid} stopped within {STOP_TIMEOUT:g} s: is its cgroup frozen, its disk gone?",
             pid=self.pid,
         )
 
@@ -213,7 +213,7 @@ def seize_error(pid: int, tid: int, error: OSError) -> IncdumpError:
             f"process {pid} is traced by process {tracer}: detach that first", pid=pid, errno=error.errno
         )
     return TargetDenied(
-        f"not allowed to trace process {pid}: run as its user or as root (CAP_SYS_PTRACE), and see kernel.yama.ptrace_scope",
+        f"not allowed to trace process {pid}: run as its user or as root (or see kernel.yama.ptrace_scope)",
         pid=pid,
         errno=error.errno,
     )
@@ -309,7 +309,7 @@ class _Thread:
         except OSError as e:
             if self.candidate.has_seccomp:
                 raise InjectionFailed(
-                    f"process {self.pid} has a seccomp filter: only root (CAP_SYS_ADMIN) without a filter may suspend it",
+                    f"process {self.pid} has a seccomp filter: only root (CAP_SYS_ADMIN), itself free, may suspend it",
                     pid=self.pid,
                     errno=e.errno,
                 ) from None

@@ -295,11 +295,9 @@ class TreeWalk:
             state = read_thread_stat(thread.pid, thread.tid).state
         except ProcessLookupError:
             state = "X"
-        why = {"D": "is in uninterruptible sleep (state D)", "R": "gets no processor time (state R)"}.get(
-            state, f"is in state {state}"
-        )
+        why = _WHY_NOT_STOPPED.get(state, f"is in state {state}")
         return FreezeTimeout(
-            f"thread {thread.tid} of process {thread.pid} could not be stopped in time: it {why}; raise the timeout or try later",
+            f"thread {thread.tid} of process {thread.pid} did not stop in time: it {why}; allow more time or try later",
             pid=thread.pid,
         )
 

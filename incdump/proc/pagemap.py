@@ -22,10 +22,9 @@ Three ways to the same answer, behind one interface, `PagemapReader`:
     the buffer was full. Alone in telling zero pages without privilege, and in skipping what was never populated
     without reading an entry of it: a sparse mapping of terabytes costs the other two gigabytes of pagemap.
 
-Pagemap entries (PMEs: u64, Documentation/admin-guide/mm/pagemap.rst) are translated to the categories of PAGEMAP_SCAN,
-`PageIs`. They do not tell WPALLOWED and HUGE; PFNZERO they tell only to who may see page frame numbers (CAP_SYS_ADMIN).
-A PME in "swap" that is a mere uffd-wp marker (of a page that was never there) can be told from a swapped page with
-that privilege only; PAGEMAP_SCAN never tells: both count as SWAPPED then.
+What `plain` and `cache` read are pagemap entries, which `incdump.proc.pme` translates to the categories of
+PAGEMAP_SCAN. They tell neither WPALLOWED nor HUGE; PFNZERO, and whether a page in "swap" is but a uffd-wp marker, they
+tell only to who may see page frame numbers (CAP_SYS_ADMIN). PAGEMAP_SCAN takes markers for swapped pages, always.
 
 Every reader yields `Window` s, ascending, whose regions lie in the given VMAs only. [vsyscall] is above the end of the
 address space as far as pagemap goes, and is left out.
@@ -37,7 +36,7 @@ import errno
 import math
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -45,8 +44,9 @@ from incdump import kerndat
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING, pagemap_scan
 from incdump.errors import TargetExited
 from incdump.model.regions import PageIs, Window
-from incdump.model.runs import PAGE_SHIFT, Regions, Runs, empty_regions, page_count
+from incdump.model.runs import PAGE_SHIFT, Regions, Runs, page_count
 from incdump.model.vmas import VmaKind, VmaTable
+from incdump.proc.pme import POPULATED, clip_to, regions_of_pmes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,18 +64,6 @@ _BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB 
 _SCAN_REGIONS = 65536
 _SCAN_PAGES = 1 << 30 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
-
-_LOWEST = np.zeros(1, np.uint64)
-_HIGHEST = np.full(1, 2**64 - 1, np.uint64)
-
-POPULATED = PageIs.PRESENT | PageIs.SWAPPED
-
-_PFN_MASK = (1 << 55) - 1
-_MARKER = 31 | 1 << 5  # swap type 31 is "no swap, a marker"; bit 0 of its offset: write-protected by userfaultfd
-_PME_UFFD_WP = 1 << 57
-_PME_GUARD = 1 << 58
-_PME_SWAP = 1 << 62
-_PME_PRESENT = 1 << 63
 
 
 class PagemapReader(Protocol):
@@ -102,130 +90,6 @@ def make_reader(name: PagemapName = "auto") -> PagemapReader:
     if name == "scan":
         return ScanReader()
     return CacheReader() if name == "cache" else PlainReader()
-
-
-# --- pagemap entries ---
-
-
-def _categories_of_top_bits() -> NDArray[np.uint16]:
-    """For every value of a PME's top 16 bits (48 to 63): its categories, 0 when it is neither present nor swapped."""
-    top = np.arange(1 << 16, dtype=np.uint32)
-
-    def bit(number: int) -> NDArray[np.uint32]:
-        return top >> np.uint32(number - 48) & np.uint32(1)
-
-    categories = (
-        bit(63) * np.uint32(PageIs.PRESENT)
-        | bit(62) * np.uint32(PageIs.SWAPPED)
-        | bit(61) * np.uint32(PageIs.FILE)
-        | bit(58) * np.uint32(PageIs.GUARD)
-        | (1 - bit(57)) * np.uint32(PageIs.WRITTEN)
-        | bit(55) * np.uint32(PageIs.SOFT_DIRTY)
-    )
-    return np.where(categories & np.uint32(POPULATED), categories, 0).astype(np.uint16)
-
-
-_CATEGORIES = _categories_of_top_bits()
-
-
-def categories_of_pmes(pmes: NDArray[np.uint64], zero_pfn: int | None = None) -> NDArray[np.uint16]:
-    """Translate pagemap entries to `PageIs` bits.
-
-    :param pmes: shape (n,), uint64, contiguous.
-    :param zero_pfn: the frame number of the shared zero page, if frame numbers are visible.
-    :returns: shape (n,), uint16; 0 for pages that are neither present nor swapped, markers included.
-    """
-    top = pmes.view(np.uint16)[3::4]  # both architectures are little-endian
-    categories: NDArray[np.uint16] = _CATEGORIES.take(top)
-    if zero_pfn is None:
-        return categories
-    low = pmes & np.uint64(_PFN_MASK)
-    zero = (low == zero_pfn).nonzero()[0]
-    if len(zero):
-        zero = zero[categories[zero] & np.uint16(PageIs.PRESENT) != 0]
-        categories[zero] |= np.uint16(PageIs.PFNZERO)
-    marker = (low == _MARKER).nonzero()[0]
-    if len(marker):
-        state = top[marker] & np.uint16((_PME_PRESENT | _PME_SWAP | _PME_GUARD | _PME_UFFD_WP) >> 48)
-        categories[marker[state == (_PME_SWAP | _PME_UFFD_WP) >> 48]] = 0
-    return categories
-
-
-def regions_of_pmes(segments: Runs, pmes: NDArray[np.uint64], zero_pfn: int | None = None) -> Regions:
-    """Make regions of pagemap entries.
-
-    :param segments: shape (m, 2), uint64: start and end of address ranges, ascending and disjoint.
-    :param pmes: the entries of all pages of all segments, back to back, shape (pages,).
-    :param zero_pfn: as for `categories_of_pmes`.
-    :returns: populated pages only, cut where categories differ and between segments.
-    """
-    categories = categories_of_pmes(pmes, zero_pfn)
-    first_page = np.zeros(len(segments), np.int64)  # the index of each segment's first page
-    np.cumsum(((segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT))[:-1].view(np.int64), out=first_page[1:])
-    cut = np.empty(len(pmes), bool)
-    np.not_equal(categories[1:], categories[:-1], out=cut[1:])
-    cut[first_page] = True
-    begin = cut.nonzero()[0]
-    kind = categories[begin]
-    populated = kind.nonzero()[0]
-    if not len(populated):
-        return empty_regions()
-    length = np.diff(begin, append=len(pmes))[populated]
-    begin, kind = begin[populated], kind[populated]
-    segment = first_page.searchsorted(begin, "right") - 1
-    base = segments[:, 0] - (first_page << PAGE_SHIFT).view(np.uint64)  # wraps around; the sum below wraps back
-    regions = np.empty((len(begin), 3), np.uint64)
-    np.add(base[segment], (begin << PAGE_SHIFT).view(np.uint64), out=regions[:, 0])
-    np.add(regions[:, 0], (length << PAGE_SHIFT).view(np.uint64), out=regions[:, 1])
-    regions[:, 2] = kind
-    return regions
-
-
-# --- clipping ---
-
-
-def clip_regions(regions: Regions, spans: Runs) -> Regions:
-    """The parts of regions that lie in the spans.
-
-    :param spans: canonical, shape (m, 2).
-    :returns: `regions` itself if nothing is cut off.
-    """
-    if not len(regions):
-        return regions
-    first, last = _sticking_out(regions, spans)
-    if first == last:
-        return regions
-    return np.concatenate((regions[:first], _clip_each(regions[first:last], spans), regions[last:]))
-
-
-def _sticking_out(regions: Regions, spans: Runs) -> tuple[int, int]:
-    """The range of regions in which all are that reach out of the spans: found by looking at the gaps between spans."""
-    gap_start = np.concatenate((_LOWEST, spans[:, 1]))
-    gap_end = np.concatenate((spans[:, 0], _HIGHEST))
-    first = int(gap_end.searchsorted(regions[0, 0], "right"))
-    last = int(gap_start.searchsorted(regions[-1, 1], "left"))
-    gap_start, gap_end = gap_start[first:last], gap_end[first:last]
-    after = regions[:, 1].searchsorted(gap_start, "right")  # the first region that ends beyond the gap's start
-    hit = (regions[np.minimum(after, len(regions) - 1), 0] < gap_end).nonzero()[0]
-    if not len(hit):
-        return 0, 0
-    return int(after[hit[0]]), int(regions[:, 0].searchsorted(gap_end[hit[-1]], "left"))
-
-
-def _clip_each(regions: Regions, spans: Runs) -> Regions:
-    """`clip_regions` for a table in which most regions are cut."""
-    first = spans[:, 1].searchsorted(regions[:, 0], "right")
-    count = np.maximum(spans[:, 0].searchsorted(regions[:, 1], "left") - first, 0)
-    index = np.repeat(np.arange(len(regions)), count)
-    nth = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
-    span = spans[first[index] + nth]
-    out = regions[index]
-    np.maximum(out[:, 0], span[:, 0], out=out[:, 0])
-    np.minimum(out[:, 1], span[:, 1], out=out[:, 1])
-    return out
-
-
-# --- readers ---
 
 
 def _wanted(vmas: VmaTable) -> Runs:
@@ -335,7 +199,7 @@ class _PmeReader:
             for batch in _batches(segments):
                 regions = regions_of_pmes(batch, _read_pmes(pagemap_fd, batch, buffer), zero_pfn)
                 if wanted is not None:
-                    regions = clip_regions(regions, wanted)
+                    regions = clip_to(regions, wanted)
                 yield Window(int(batch[0, 0]), int(batch[-1, 1]), regions)
 
 
@@ -358,6 +222,23 @@ class CacheReader(_PmeReader):
         """See `PagemapReader.windows`."""
         wanted = join_near(_wanted(vmas), 0)
         return self._read(pagemap_fd, pieces(join_near(wanted)), wanted)
+
+
+class _Masks(NamedTuple):
+    """Which pages PAGEMAP_SCAN reports, and what of them; see `pagemap_scan`."""
+
+    mask: int
+    inverted: int
+    anyof: int
+    returned: int
+
+    def without_file(self) -> _Masks:
+        """The same for pages that are known not to be of a file: "must not be FILE" holds, and FILE is not reported."""
+        file = int(PageIs.FILE)
+        not_file = self.mask & self.inverted & ~self.anyof & file
+        return self._replace(
+            mask=self.mask & ~not_file, inverted=self.inverted & ~not_file, returned=self.returned & ~file
+        )
 
 
 class ScanReader:
@@ -407,42 +288,43 @@ class ScanReader:
             return
         lo, filled, pages = int(wanted[0, 0]), 0, 0
         with self._spare.borrow((_SCAN_REGIONS, 3)) as vec:
-            for start, end, returned in self._stretches(vmas, wanted):
+            for start, end, masks in self._stretches(vmas, wanted):
                 while start < end:
-                    regions, start = self._scan(pagemap_fd, start, end, vec[filled:], _SCAN_PAGES - pages, returned)
+                    regions, start = self._scan(pagemap_fd, start, end, vec[filled:], _SCAN_PAGES - pages, masks)
                     filled += len(regions)
                     pages += page_count(regions)
                     if filled == _SCAN_REGIONS or pages >= _SCAN_PAGES:
-                        yield Window(lo, start, clip_regions(vec[:filled].copy(), wanted))
+                        yield Window(lo, start, clip_to(vec[:filled].copy(), wanted))
                         lo, filled, pages = start, 0, 0
             hi = int(wanted[-1, 1])
             if lo < hi:
-                yield Window(lo, hi, clip_regions(vec[:filled].copy(), wanted))
+                yield Window(lo, hi, clip_to(vec[:filled].copy(), wanted))
 
-    def _stretches(self, vmas: VmaTable, wanted: Runs) -> list[tuple[int, int, int]]:
+    def _stretches(self, vmas: VmaTable, wanted: Runs) -> list[tuple[int, int, _Masks]]:
         """Cut the address space, from the first to the last wanted VMA, into what is scanned in one go.
 
         To tell FILE the kernel has to look at every page's struct page, which takes as long as all the rest of a scan.
-        So it is asked for only where files are mapped privately; unless those are strewn all over.
+        So it is asked about only near mappings of files; unless those are strewn all over.
 
-        :returns: start, end and categories to return of each stretch.
+        :returns: start, end and masks of each stretch.
         """
         lo, hi = int(wanted[0, 0]), int(wanted[-1, 1])
-        files = join_near(vmas.spans(vmas.kind == VmaKind.FILE_PRIVATE))
-        if len(files) > _MOST_FILE_STRETCHES or not self.returned & PageIs.FILE:
-            return [(lo, hi, self.returned)]
-        stretches: list[tuple[int, int, int]] = []
+        masks = _Masks(self.mask, self.inverted, self.anyof, self.returned)
+        files = join_near(_wanted(vmas.select(vmas.inode != 0)))
+        if len(files) > _MOST_FILE_STRETCHES:
+            return [(lo, hi, masks)]
+        stretches: list[tuple[int, int, _Masks]] = []
         for start, end in files.tolist():
             if lo < start:
-                stretches.append((lo, start, self.returned & ~PageIs.FILE))
-            stretches.append((start, end, self.returned))
+                stretches.append((lo, start, masks.without_file()))
+            stretches.append((start, end, masks))
             lo = end
         if lo < hi:
-            stretches.append((lo, hi, self.returned & ~PageIs.FILE))
+            stretches.append((lo, hi, masks.without_file()))
         return stretches
 
     def _scan(
-        self, fd: int, start: int, end: int, vec: NDArray[np.uint64], most: int, returned: int
+        self, fd: int, start: int, end: int, vec: NDArray[np.uint64], most: int, masks: _Masks
     ) -> tuple[Regions, int]:
         """One call to the kernel, its result told to `on_regions`; or, whatever interrupts that, to `on_failure`.
 
@@ -451,7 +333,7 @@ class ScanReader:
         """
         told = False
         try:
-            count, walk_end = self._call(fd, start, end, vec, most, returned)
+            count, walk_end = self._call(fd, start, end, vec, most, masks)
             regions = vec[:count]
             if self.on_regions is not None:
                 self.on_regions(regions.copy())
@@ -462,13 +344,12 @@ class ScanReader:
                 self.on_failure(start, end)
 
     def _call(
-        self, fd: int, start: int, end: int, vec: NDArray[np.uint64], most: int, returned: int
+        self, fd: int, start: int, end: int, vec: NDArray[np.uint64], most: int, masks: _Masks
     ) -> tuple[int, int]:
         """The ioctl; tried again when it was interrupted, unless it may have write-protected something by then."""
-        masks = {"mask": self.mask, "inverted": self.inverted, "anyof": self.anyof, "returned": returned}
         while True:
             try:
-                return pagemap_scan(fd, start, end, vec, flags=self.flags, max_pages=most, **masks)
+                return pagemap_scan(fd, start, end, vec, flags=self.flags, max_pages=most, **masks._asdict())
             except OSError as e:
                 if e.errno == errno.ESRCH:
                     raise _gone() from None
