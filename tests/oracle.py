@@ -393,14 +393,16 @@ def _wanted(entries: Array) -> Array:
     """Which pagemap entries are pages with contents of their own."""
 
     def bit(mask: int) -> Array:
-        return np.not_equal(entries & np.uint64(mask), 0)
+        is_set: Array = (entries & np.uint64(mask)) != 0
+        return is_set
 
     present, swapped = bit(PM_PRESENT), bit(PM_SWAP)
     frame = entries & np.uint64((1 << 55) - 1)
     # A marker of userfaultfd or of a guard region looks like a page in swap, of a type that no swap file has.
     marker = swapped & ~present & (((entries & np.uint64(31)) == MARKER_TYPE) | (bit(PM_UFFD_WP) & (frame == 0)))
     zero = present & (frame == np.uint64(zero_pfn())) if zero_pfn() else np.zeros(len(entries), bool)
-    return (present | swapped) & ~marker & ~zero & ~bit(PM_FILE) & ~bit(PM_GUARD)
+    wanted: Array = (present | swapped) & ~marker & ~zero & ~bit(PM_FILE) & ~bit(PM_GUARD)
+    return wanted
 
 
 def read_memory(pid: int, addresses: Array) -> tuple[Array, Array]:

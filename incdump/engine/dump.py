@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio
 
-from incdump.engine.metadata import Metadata
+from incdump.engine.metadata import Metadata, look_ahead
 from incdump.engine.parent import Parent
 from incdump.engine.pipeline import Pipeline, first_cause
 from incdump.engine.process import Means, ProcessDump, Warn
@@ -224,8 +224,9 @@ class DumpRun:
         metadata: list[Metadata] = []
 
         async def read_metadata() -> None:
-            tasks = [p.task for p in self._processes.values()]
-            metadata.append(await in_thread(Metadata.read, tasks))
+            known = list(self._processes.values())
+            ahead = {p.task.pid: p.ahead for p in known if p.ahead is not None}
+            metadata.append(await in_thread(Metadata.read, [p.task for p in known], ahead))
 
         try:
             async with anyio.create_task_group() as tasks:
@@ -280,6 +281,8 @@ class DumpRun:
 
     def _prepare(self, process: ProcessDump, frozen: bool = False) -> None:
         process.prepare(borrow=not frozen)
+        if self._kind == "dump" and not frozen:
+            process.ahead = look_ahead(process.task.pid)
         if self._parent is None or process.incremental or process.exited:
             return
         if process.task.pid != self._pid and self._parent.process(process.task) is None:

@@ -1,11 +1,14 @@
 """What a dump writes beside pages, so that they can be understood without the process.
 
 Everything is read from /proc while the tree is frozen, beside the copying of pages, and encoded when it runs again:
-pstree.img, mm-PID.img with every mapping, files.img with the executables and mapped files, memfd.img.
+pstree.img, mm-PID.img with every mapping, files.img with the executables and mapped files, memfd.img. What takes a walk
+of the page tables (VmFlags, guard regions) is read before the freeze, and again only where the mappings have changed
+since: see `look_ahead`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,12 +24,12 @@ from incdump.images.mm import encode_mm
 from incdump.images.pstree import encode_pstree
 from incdump.model.regions import PageIs
 from incdump.model.runs import canonical, empty_runs
-from incdump.proc.maps import read_vmas
+from incdump.proc.maps import read_vmas, reread_vmas
 from incdump.proc.mm_info import read_mm_info
 from incdump.proc.shmem import find_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from incdump.images.files import MappedFiles
     from incdump.images.new_dir import NewImagesDir
@@ -36,6 +39,23 @@ if TYPE_CHECKING:
     from incdump.proc.tree import Task
 
 _GUARD_REGIONS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What was read of a process just before it was frozen."""
+
+    vmas: VmaTable
+    guards: Runs
+
+
+def look_ahead(pid: int) -> Ahead | None:
+    """Read what would take long while the process is frozen; None if it is gone. Blocks."""
+    try:
+        vmas = read_vmas(pid, flags=True)
+        return Ahead(vmas, _guard_regions(pid, vmas))
+    except (OSError, TargetExited, NoSuchTarget):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +78,27 @@ class Metadata:
         self._files = files
 
     @classmethod
-    def read(cls, tasks: Sequence[Task]) -> Metadata:
+    def read(cls, tasks: Sequence[Task], ahead: Mapping[int, Ahead]) -> Metadata:
         """Ask /proc. Blocks; the tree is frozen meanwhile.
 
         :param tasks: the processes that are dumped, the root first. One that is killed meanwhile is left out.
+        :param ahead: what `look_ahead` found, by pid.
         """
         tables: dict[int, VmaTable] = {}
         for task in tasks:
-            try:
-                tables[task.pid] = read_vmas(task.pid, flags=True)
-            except (TargetExited, NoSuchTarget):
-                continue
+            before = ahead.get(task.pid)
+            with contextlib.suppress(TargetExited, NoSuchTarget):
+                tables[task.pid] = reread_vmas(task.pid, None if before is None else before.vmas)
         files = FileTable(find_segments(tables))
         snapshots = []
         for task in tasks:
-            try:
+            with contextlib.suppress(KeyError, OSError, TargetExited, NoSuchTarget):
                 vmas = tables[task.pid]
+                before = ahead.get(task.pid)
+                known = before is not None and before.vmas is vmas
+                guards = before.guards if before is not None and known else _guard_regions(task.pid, vmas)
                 mapped = files.add_process(task.pid, vmas)
-                snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, _guard_regions(task.pid, vmas)))
-            except (KeyError, OSError, TargetExited, NoSuchTarget):
-                continue
+                snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, guards))
         return cls([s.task for s in snapshots], snapshots, files)
 
     def write(self, images: NewImagesDir) -> None:

@@ -31,7 +31,7 @@ from incdump.errors import (
 from incdump.model.regions import PageIs, Window, mark, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
 from incdump.model.vmas import VmaKind
-from incdump.proc.maps import read_vmas
+from incdump.proc.maps import reread_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.pinned import pinned_io
 from incdump.tracking import content, soft_dirty, uffd_wp
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from incdump.engine.metadata import Ahead
     from incdump.holder.client import Keeper, Lease
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Regions, Runs
@@ -112,6 +113,7 @@ class ProcessDump:
         self.prepared = False
         self.incremental = False
         self.vmas: VmaTable | None = None
+        self.ahead: Ahead | None = None
         self._means = means
         self._parent = parent
         self._image: PagesImage | None = None
@@ -195,7 +197,7 @@ class ProcessDump:
         yield from self._scan() if self._collected is None else self._collected
 
     def _scan(self) -> Iterator[Window]:
-        self.vmas = read_vmas(self.task.pid, flags=True)
+        self.vmas = reread_vmas(self.task.pid, self.ahead.vmas if self.ahead is not None else None)
         watched = self._watch(self.vmas)
         self._rule = rules(self.vmas)
         self._image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")

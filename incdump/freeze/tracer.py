@@ -142,7 +142,7 @@ class TracerThread:
     def _main(self, predecessor: int | None, unresolved: _Job | None) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         # Sleeps of 10 us are to last 10 us, not 60.
-        libc.prctl(ctypes.c_int(_PR_SET_TIMERSLACK), ctypes.c_ulong(1), 0, 0, 0)
+        libc.prctl(_PR_SET_TIMERSLACK, *map(ctypes.c_ulong, (1, 0, 0, 0)))
         if predecessor is not None and unresolved is not None:
             _await_end(predecessor)
             unresolved.resolve()

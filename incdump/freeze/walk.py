@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
-from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
+from incdump.errors import FreezeTimeout, NoSuchTarget, TargetExited, TargetUnsuitable
 from incdump.freeze.choice import read_status, read_thread_stat
 from incdump.freeze.inject import seize_error
 from incdump.freeze.stops import SLOW, Backoff, held_signal, is_group_stop
@@ -168,7 +168,8 @@ class TreeWalk:
         while unsettled := [process for process in self.processes.values() if not process.is_settled]:
             for process in unsettled:
                 self._seize_new(process)
-            self._await_stops([t for process in unsettled for t in process.threads.values() if not t.is_stopped])
+            threads = (thread for process in unsettled for thread in process.threads.values())
+            self._await_stops([thread for thread in threads if not thread.is_stopped and not thread.in_vfork])
 
     def _seize_new(self, process: Process) -> None:
         """Seize and interrupt the threads that a new listing shows; the process is settled if it shows none."""
@@ -192,26 +193,29 @@ class TreeWalk:
         try:
             ptrace.seize(tid)
         except OSError as e:
-            if e.errno != errno.ESRCH and self._is_refused(process, tid):
-                raise seize_error(process.pid, tid, e) from None
-            if e.errno == errno.ESRCH or tid not in process.threads:
+            if not self._is_ours_already(process, tid, e):
                 return False
         process.threads[tid] = Thread(process.pid, tid)
         with contextlib.suppress(ProcessLookupError):  # it has exited since: the wait for its stop will tell
             ptrace.interrupt(tid)
         return True
 
-    def _is_refused(self, process: Process, tid: int) -> bool:
-        """Whether a thread that could not be seized is alive, and is not ours already under another id (exec)."""
+    def _is_ours_already(self, process: Process, tid: int, error: OSError) -> bool:
+        """Why a thread could not be seized: True: it is ours, under a new id since an exec. False: it has exited.
+
+        :raises TargetError: it is another's, or not for us.
+        """
         try:
-            if read_thread_stat(process.pid, tid).state in "ZXx":
+            if error.errno == errno.ESRCH or read_thread_stat(process.pid, tid).state in "ZXx":
                 return False
-            if not _is_ours(process.pid, tid):
+            if _is_ours(process.pid, tid):
                 return True
         except ProcessLookupError:
             return False
-        process.threads[tid] = Thread(process.pid, tid)
-        return False
+        refused = seize_error(process.pid, tid, error)
+        if isinstance(refused, NoSuchTarget):
+            return False
+        raise refused from None
 
     def _drop(self, process: Process) -> None:
         """A process that has exited is no longer in the tree."""
@@ -252,15 +256,12 @@ class TreeWalk:
             if state == "D" and self._in_vfork(thread):
                 thread.in_vfork = True
                 return False
-            lost = state not in "ZXx" and read_status(thread.pid, thread.tid).get("TracerPid") != str(
-                threading.get_native_id()
-            )
+            gone = state in "ZXx" or not _is_ours(thread.pid, thread.tid)
         except ProcessLookupError:
-            state, lost = "X", False
-        if lost or state in "ZXx":
+            gone = True
+        if gone:
             del process.threads[thread.tid]
-            return False
-        return True
+        return not gone
 
     def _in_vfork(self, thread: Thread) -> bool:
         """Whether a thread in uninterruptible sleep is in a call that may be vfork."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.model.runs import canonical, member
+from incdump.model.runs import canonical, empty_regions, member
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,6 +108,8 @@ def merge(a: Regions, b: Regions) -> Regions:
 
 def clip_regions(regions: Regions, lo: int, hi: int) -> Regions:
     """The part of a region table within ``[lo, hi)``."""
+    if lo >= hi:
+        return empty_regions()
     first = int(np.searchsorted(regions[:, 1], np.uint64(lo), "right"))
     last = int(np.searchsorted(regions[:, 0], np.uint64(hi), "left"))
     part = regions[first:last].copy()

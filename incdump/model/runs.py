@@ -104,8 +104,8 @@ def subtract(a: Runs, b: Runs) -> Runs:
 
 def clip(runs: Runs, lo: int, hi: int) -> Runs:
     """Pages of a run set within ``[lo, hi)``."""
-    if not len(runs):
-        return runs
+    if lo >= hi or not len(runs):
+        return empty_runs()
     first = int(np.searchsorted(runs[:, 1], np.uint64(lo), "right"))
     last = int(np.searchsorted(runs[:, 0], np.uint64(hi), "left"))
     part = runs[first:last].copy()

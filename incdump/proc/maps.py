@@ -87,6 +87,23 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
     return parse(text, shmem_dev=shmem_dev())
 
 
+def reread_vmas(pid: int, before: VmaTable | None) -> VmaTable:
+    """Read the mappings again, with flags, at the price of reading maps where they are the same.
+
+    smaps walks the page tables, some 20 ms a GiB, which is long for a process that is kept stopped meanwhile.
+
+    :param before: the table with flags of a moment ago. If maps shows the same mappings it is returned: flags that
+        were changed since without touching any bound (an madvise of a whole mapping) are then those of before.
+    :raises TargetError: as `read_vmas`.
+    """
+    if before is not None:
+        now = read_vmas(pid, flags=False)
+        columns = ("start", "end", "prot", "shared", "pgoff", "dev", "inode")
+        if now.names == before.names and all(np.array_equal(getattr(now, c), getattr(before, c)) for c in columns):
+            return before
+    return read_vmas(pid, flags=True)
+
+
 @cache
 def shmem_dev() -> int | None:
     """The device number of the kernel's own shmem mount, as `VmaTable.dev` has it, or None if that is not to be had.

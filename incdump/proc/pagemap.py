@@ -62,7 +62,7 @@ GAP = 1 << 20
 
 _BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB of pagemap stay in the L2 cache
 _SCAN_REGIONS = 65536
-_SCAN_PAGES = 1 << 30 >> PAGE_SHIFT
+_SCAN_PAGES = 128 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
 
 
@@ -282,7 +282,7 @@ class ScanReader:
         self._spare = _Spare()
 
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
-        """See `PagemapReader.windows`. A window holds at most 65,536 regions and 1 GiB of matching pages."""
+        """See `PagemapReader.windows`. A window holds at most 65,536 regions and 128 MiB of matching pages."""
         wanted = join_near(_wanted(vmas), 0)
         if not len(wanted):
             return

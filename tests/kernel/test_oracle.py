@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -256,6 +259,33 @@ class TestChain:
         (child.directory / "parent").unlink()
         (child.directory / "parent").symlink_to("../nowhere")
         assert child.compare().counts["hole"] == len(dump.entries[dump.name])
+
+
+def test_markers_of_write_protection_on_untouched_pages_are_no_pages() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 323, "aarch64": 282}.get(os.uname().machine)
+    fd = libc.syscall(number, os.O_CLOEXEC | 1) if number else -1
+    if fd < 0:
+        pytest.skip("needs userfaultfd")
+    try:
+        area = mmap.mmap(-1, 8 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area[3 * 4096] = 1
+        view = np.frombuffer(area, np.uint8)
+        start = int(view.ctypes.data)
+        unpopulated_and_async = 1 << 13 | 1 << 15
+        try:
+            fcntl.ioctl(fd, 0xC018AA3F, struct.pack("<QQQ", 0xAA, unpopulated_and_async, 0))
+            fcntl.ioctl(fd, 0xC020AA00, struct.pack("<QQQQ", start, len(area), 2, 0))
+            fcntl.ioctl(fd, 0xC018AA06, struct.pack("<QQQ", start, len(area), 1))
+        except OSError as error:
+            pytest.skip(f"needs asynchronous write protection by userfaultfd: {error.strerror}")
+        vma = next(v for v in oracle.read_vmas(os.getpid()) if v.start <= start < v.end)
+        swapped = oracle.read_pagemap(os.getpid(), start, start + len(area)) >> np.uint64(62) & np.uint64(1)
+        assert swapped.sum() == 7
+        required = oracle.required_pages(os.getpid(), vma)
+        assert [int(a) - start for a in required if start <= int(a) < start + len(area)] == [3 * 4096]
+    finally:
+        os.close(fd)
 
 
 def test_entries_in_the_old_style_are_understood(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import oracle
 from tests.targets import build
-from tests.targets.build import Target, BadTargetError
+from tests.targets.build import BadTargetError, Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable

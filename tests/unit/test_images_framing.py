@@ -44,14 +44,14 @@ def test_records_come_back_as_they_were() -> None:
 @pytest.mark.parametrize("cut", range(1, 10))
 def test_an_image_cut_anywhere_in_its_record_is_bad(cut: int) -> None:
     data = frame(Magic.FILES, [b"record"])
-    with pytest.raises(BadImage, match="x.img is cut short") as caught:
+    with pytest.raises(BadImage, match=r"x\.img is cut short") as caught:
         list(unframe(data[:-cut], Magic.FILES, "x.img"))
     assert caught.value.path == "x.img"
 
 
 @pytest.mark.parametrize("data", [b"", b"\x19", frame(Magic.MM, []), b"\0" * 64])
 def test_another_magic_is_bad(data: bytes) -> None:
-    with pytest.raises(BadImage, match="x.img is not a files image"):
+    with pytest.raises(BadImage, match=r"x\.img is not a files image"):
         list(unframe(data, Magic.FILES, "x.img"))
 
 
@@ -86,7 +86,7 @@ def test_a_huge_sparse_file_is_not_read_into_memory(tmp_path: Path) -> None:
 
 def test_reading_reports_what_the_kernel_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ImagesIOError, match="cannot read .*: Not a directory") as caught:
+    with pytest.raises(ImagesIOError, match=r"cannot read .*: Not a directory") as caught:
         read_file(tmp_path / "file" / "below")
     assert caught.value.errno == errno.ENOTDIR
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,6 +18,9 @@ from incdump.images.framing import Magic, frame, unframe
 from incdump.images.pagemap import decode_pagemap, encode_pagemap, page_offsets
 from incdump.images.varints import Field, encode_messages, varint
 from incdump.model.runs import PAGE_SIZE, Entries
+
+if TYPE_CHECKING:
+    import random
 
 # As CRIU 4.2 wrote it: magics, a head with pages_id 3, then 3 pages at 0x10000000 with flags 6.
 CRIU_BYTES = bytes.fromhex("19435654 25400856 02000000 0803 0c000000 0880808080011000 2006 2803")

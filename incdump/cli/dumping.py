@@ -1,0 +1,216 @@
+"""What ``incdump predump`` and ``incdump dump`` have in common: their options, their way through the engine, their
+report."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
+from incdump.cli.log import Log
+from incdump.cli.signals import run
+from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_writers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from incdump.cli.text import Fact
+    from incdump.model.options import Afterwards
+    from incdump.model.stats import DumpResult, DumpStats
+
+Kind = Literal["pre-dump", "dump"]
+
+_OPTIONS = (
+    click.option("-t", "--tree", "pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The target."),
+    click.option(
+        "-D",
+        "--images-dir",
+        default=".",
+        metavar="DIR",
+        show_default="the working directory",
+        help="Where the images go; made if it does not exist, refused if it holds images.",
+    ),
+    click.option(
+        "--prev-images-dir",
+        "parent",
+        metavar="DIR",
+        help="The previous images dir, relative to DIR of -D: dump only what was written since.",
+    ),
+    click.option(
+        "--tracker",
+        type=click.Choice(TRACKERS),
+        default="auto",
+        show_default=True,
+        help="How to find out what was written; auto is the first that proves itself.",
+    ),
+    click.option(
+        "--pagemap", type=click.Choice(PAGEMAPS), default="auto", show_default=True, help="How to read the pagemap."
+    ),
+    click.option(
+        "--writers",
+        type=click.IntRange(1, 64),
+        default=default_writers,
+        metavar="N",
+        show_default="a processor each, at most 4",
+        help="Writers side by side.",
+    ),
+    click.option(
+        "--require-incremental", is_flag=True, help="Fail rather than dump everything in spite of --prev-images-dir."
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=10.0,
+        metavar="SECONDS",
+        show_default=True,
+        help="How long to wait for every thread to stop.",
+    ),
+    click.option("--track-mem", is_flag=True, expose_value=False, hidden=True),  # CRIU's; always on here
+    click.option(
+        "-o",
+        "--log-file",
+        metavar="FILE",
+        help="Add log lines to FILE, which is relative to the images dir (as CRIU's is to its work dir).",
+    ),
+    json_option,
+    verbose_option,
+)
+
+
+def dump_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both commands, for a click command."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def run_dump(
+    kind: Kind,
+    invocation: Invocation,
+    *,
+    pid: int,
+    images_dir: str,
+    parent: str | None,
+    tracker: Any,
+    pagemap: Any,
+    writers: int,
+    require_incremental: bool,
+    timeout: float,
+    log_file: str | None,
+    afterwards: Afterwards = "running",
+) -> None:
+    """Dump, and report."""
+    if require_incremental and parent is None:
+        raise click.UsageError("--require-incremental needs --prev-images-dir: without it everything is dumped")
+    for name, text in (("-D", images_dir), ("--prev-images-dir", parent), ("-o", log_file)):
+        if text == "" or (text is not None and "\0" in text):
+            raise click.BadParameter("an empty name", param_hint=name)
+    options = DumpOptions(
+        tracker=tracker,
+        pagemap=pagemap,
+        writers=writers,
+        require_incremental=require_incremental,
+        afterwards=afterwards,
+        freeze_timeout=timeout,
+    )
+    with Log(invocation.verbosity, log_file, images_dir) as log:
+        log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))
+        result = run(lambda: _dump(kind, pid, images_dir, parent, options, log, show=not invocation.verbosity))
+        for warning in result.warnings:
+            log.warning(warning)
+        log.line(_summary(result))
+    if invocation.json:
+        print_json(result.as_dict())
+    else:
+        from incdump.cli.text import show_facts
+
+        show_facts(_title(kind, result), facts(kind, result, afterwards))
+
+
+async def _dump(
+    kind: Kind, pid: int, images_dir: str, parent: str | None, options: DumpOptions, log: Log, *, show: bool
+) -> DumpResult:
+    """Call the engine, with somebody to report progress to."""
+    from incdump.cli.progress import Progress, is_wanted
+    from incdump.engine.dump import dump, predump
+
+    progress = Progress()
+
+    def note(step: str, stats: DumpStats) -> None:
+        log.progress(step, stats)
+        progress.update(step, stats)
+
+    engine = predump if kind == "pre-dump" else dump
+    with progress.shown() if show and is_wanted() else nullcontext():
+        return await engine(pid, images_dir, parent=parent, options=options, progress=note)
+
+
+def _summary(result: DumpResult) -> str:
+    """The log's last line."""
+    s = result.stats
+    return (
+        f"done: tracker {result.tracker} ({result.tracker_reason}), pagemap {result.pagemap}, "
+        f"pages_scanned {s.pages_scanned} pages_skipped_parent {s.pages_skipped_parent} "
+        f"pages_written {s.pages_written}, stopped {s.stopped_time} us, in all {s.total_time} us"
+    )
+
+
+def _title(kind: Kind, result: DumpResult) -> str:
+    return f"{kind} of process {result.pid} into {result.images_dir}"
+
+
+def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
+    """What happened, for people."""
+    from incdump.cli.text import Fact, bytes_text, count_text, time_text
+
+    s = result.stats
+    scanned, written = s.pages_scanned + s.shpages_scanned, s.pages_written + s.shpages_written
+    skipped = s.pages_skipped_parent + s.shpages_skipped_parent
+    shared = f", {s.shpages_scanned:,} of them shared" if s.shpages_scanned else ""
+    lines = [
+        Fact("processes", f"{len(result.pids):,}", _exited(result)),
+        Fact("pages scanned", f"{scanned:,}", f"populated pages that were looked at{shared}"),
+        Fact("pages written", f"{written:,}", bytes_text(s.bytes_written)),
+        Fact("pages skipped", f"{skipped:,}", _parent_note(result)),
+    ]
+    if s.pages_compared:
+        lines.append(Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash, for want of a tracker"))
+    if s.pages_untracked:
+        lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "no tracker could vouch for them: written whole"))
+    if s.pages_vanished:
+        lines.append(Fact("pages vanished", f"{s.pages_vanished:,}", "unmapped before they could be read"))
+    lines += [
+        Fact("time stopped", time_text(s.stopped_time), _stopped_note(kind, result, afterwards)),
+        Fact("time in all", time_text(s.total_time)),
+        Fact("tracker", result.tracker, result.tracker_reason),
+        Fact("pagemap reader", result.pagemap),
+    ]
+    return [fact for fact in lines if fact is not None] if count_text else lines
+
+
+def _exited(result: DumpResult) -> str:
+    if not result.exited:
+        return ""
+    return f"exited meanwhile: {', '.join(map(str, result.exited))}"
+
+
+def _parent_note(result: DumpResult) -> str:
+    if result.parent is None:
+        return "there is no parent dump"
+    if not result.incremental:
+        return f"dumped whole in spite of its parent {result.parent}"
+    return f"not written since the parent dump, {result.parent}"
+
+
+def _stopped_note(kind: Kind, result: DumpResult, afterwards: Afterwards) -> str:
+    from incdump.cli.text import time_text
+
+    s = result.stats
+    if s.frozen_time or s.freezing_time:
+        after = {"running": "", "stopped": "; left stopped (SIGCONT lets it go on)", "killed": "; then killed"}[afterwards]
+        return f"freezing {time_text(s.freezing_time)}, frozen {time_text(s.frozen_time)}{after}"
+    if s.stopped_time:
+        return "one thread at a time, to start the tracking"
+    return "never" if kind == "pre-dump" else ""

@@ -1,0 +1,86 @@
+"""What a command needs to know of how it was called, and how it says that something went wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from incdump.errors import IncdumpError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(slots=True)
+class Invocation:
+    """The options that all commands have; click's context object.
+
+    :ivar json: print one JSON object on stdout, and nothing else.
+    :ivar verbosity: how often ``-v`` was given.
+    """
+
+    json: bool = False
+    verbosity: int = 0
+
+    def fail(self, error: BaseException, text: str) -> None:
+        """Say that the command failed: a line on stderr, and with ``--json`` an object on stdout."""
+        print(f"incdump: error: {one_line(text)}", file=sys.stderr)
+        if self.json:
+            print_json(error_fields(error, text))
+
+
+def error_fields(error: BaseException, text: str) -> dict[str, Any]:
+    """An error as the fields of a JSON object."""
+    fields: dict[str, Any] = {"error": text, "kind": type(error).__name__}
+    if isinstance(error, IncdumpError):
+        fields |= {"pid": error.pid, "vaddr": error.vaddr, "path": error.path, "errno": error.errno_name}
+    return fields
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print an object on one line of stdout."""
+    print(json.dumps(value))
+
+
+def one_line(text: str) -> str:
+    """A text as one line that does nothing to a terminal: what is not printable is shown as Python would."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Command(click.Command):
+    """A command that takes CRIU's spelling of verbosity, ``-v4``, for ``-vvvv``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [spelt for arg in args for spelt in _spell_out(arg)])
+
+
+def _spell_out(arg: str) -> list[str]:
+    if len(arg) == 3 and arg.startswith("-v") and arg[2] in "0123456789":
+        return ["-v"] * int(arg[2])
+    return [arg]
+
+
+def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def store(ctx: click.Context, _parameter: click.Parameter, value: Any) -> None:
+        setattr(ctx.ensure_object(Invocation), name, value)
+
+    return store
+
+
+json_option = click.option(
+    "--json", is_flag=True, expose_value=False, callback=_set("json"), help="Print one JSON object instead of text."
+)
+verbose_option = click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    expose_value=False,
+    callback=_set("verbosity"),
+    help="Say what is being done; twice: with counters. -vN, as in CRIU, is -v N times.",
+)

@@ -1,0 +1,89 @@
+"""Progress of a dump, on a terminal, if it takes more than half a second.
+
+rich is loaded when the half second is over, and not at all otherwise: loading it takes as long as many a dump.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from incdump.cli.text import bytes_text
+from incdump.model.stats import DumpStats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.live import Live
+    from rich.spinner import Spinner
+
+PATIENCE = 0.5
+"""Seconds before anything is shown."""
+_PAGE = 4096
+_STEPS = {
+    "checking": "looking at the target",
+    "freezing": "freezing",
+    "dumping": "dumping",
+    "finishing": "writing the last images",
+}
+
+
+class Progress:
+    """What the engine reports to, and what shows it."""
+
+    def __init__(self) -> None:
+        self._step = "checking"
+        self._stats = DumpStats()
+        self._began = time.monotonic()
+        self._live: Live | None = None
+        self._spinner: Spinner | None = None
+
+    def update(self, step: str, stats: DumpStats) -> None:
+        """Take note of a step and the counters so far."""
+        self._step, self._stats = step, stats
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show it for the rest of this block, once it has taken long enough. For use within an event loop."""
+        import asyncio
+
+        timer = asyncio.get_running_loop().call_later(PATIENCE, self._show)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if self._live is not None:
+                self._live.stop()
+
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        self._spinner = Spinner("dots")
+        self._live = Live(
+            console=Console(stderr=True), refresh_per_second=8, transient=True, get_renderable=self._renderable
+        )
+        self._live.start()
+
+    def _renderable(self) -> Spinner:
+        assert self._spinner is not None
+        self._spinner.update(text=self._text())
+        return self._spinner
+
+    def _text(self) -> str:
+        stats = self._stats
+        written = stats.pages_written + stats.shpages_written
+        return (
+            f"{_STEPS.get(self._step, self._step)}: {stats.pages_scanned + stats.shpages_scanned:,} pages scanned, "
+            f"{written:,} written ({bytes_text(written * _PAGE)}), "
+            f"{stats.pages_skipped_parent + stats.shpages_skipped_parent:,} left to the parent, "
+            f"{time.monotonic() - self._began:.1f} s"
+        )
+
+
+def is_wanted() -> bool:
+    """Whether there is a terminal to show progress on."""
+    return sys.stderr is not None and sys.stderr.isatty()

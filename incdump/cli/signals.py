@@ -1,0 +1,70 @@
+"""Running the asynchronous part of a command such that signals end it cleanly.
+
+SIGINT, SIGTERM and SIGHUP cancel what is running; the engine then gives back what it took from the tracker, removes the
+unfinished images and lets the target go. A signal that was ignored when incdump was started (nohup) stays ignored.
+"""
+
+from __future__ import annotations
+
+import signal
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable, Iterator
+
+    import anyio
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(Exception):  # noqa: N818 - not an error of anything
+    """A signal ended the command."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: the target runs on, nothing half done is left behind")
+        self.exit_code = 128 + number
+
+
+def run(job: Callable[[], Awaitable[T]]) -> T:
+    """Run a job in an event loop of its own.
+
+    :raises Stopped: a signal came, and the job has cleaned up.
+    """
+    import anyio
+
+    # asyncio's own loop: uvloop takes longer to load than it saves in the few hundred events of a dump.
+    return anyio.run(_until_signal, job)
+
+
+async def _until_signal(job: Callable[[], Awaitable[T]]) -> T:
+    import asyncio
+
+    import anyio
+
+    received: list[int] = []
+    with anyio.CancelScope() as scope, _handlers(asyncio.get_running_loop(), partial(_stop, scope, received)):
+        return await job()
+    raise Stopped(received[0])
+
+
+def _stop(scope: anyio.CancelScope, received: list[int], number: int) -> None:
+    received.append(number)
+    scope.cancel()
+
+
+@contextmanager
+def _handlers(loop: asyncio.AbstractEventLoop, handler: Callable[[int], None]) -> Iterator[None]:
+    """Handle the signals for a while; a job that ends all the same is not disturbed."""
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in handled:
+        loop.add_signal_handler(number, handler, number)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
