@@ -97,7 +97,7 @@ def classify(
     """
     lo, hi, at, category = _pieces(window, vmas, parent)
     of = rule[at]
-    payload = _payload(category, of) & (at >= 0)
+    payload = _payload(category, of)
     if not payload.any():
         return _NOTHING
     lo, hi, category, of = lo[payload], hi[payload], category[payload], of[payload]
@@ -115,7 +115,8 @@ def classify(
 def _pieces(
     window: Window, vmas: VmaTable, parent: Runs | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64], NDArray[np.uint64]]:
-    """The regions cut wherever a VMA or a run of the parent begins or ends: start, end, VMA index, categories."""
+    """The regions that lie in VMAs, cut wherever a VMA or a run of the parent begins or ends: start, end, VMA index,
+    categories."""
     first = int(np.searchsorted(vmas.end, np.uint64(window.lo), "right"))
     last = int(np.searchsorted(vmas.start, np.uint64(window.hi), "left"))
     cuts = [vmas.start[first:last], vmas.end[first:last]]
@@ -124,7 +125,10 @@ def _pieces(
         b = int(np.searchsorted(parent[:, 0], np.uint64(window.hi), "left"))
         cuts.append(parent[a:b].ravel())
     pieces = split_at(window.regions, np.concatenate(cuts))
-    return pieces[:, 0], pieces[:, 1], vmas.at(pieces[:, 0]), pieces[:, 2]
+    at = vmas.at(pieces[:, 0])
+    if (at < 0).any():
+        pieces, at = pieces[at >= 0], at[at >= 0]
+    return pieces[:, 0], pieces[:, 1], at, pieces[:, 2]
 
 
 def _payload(category: NDArray[np.uint64], rule: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -162,5 +166,5 @@ def payload_runs(window: Window, vmas: VmaTable, rule: NDArray[np.uint8], wanted
     lo, hi, at, category = _pieces(window, vmas, None)
     of = rule[at]
     unwatched = (category & np.uint64(PageIs.WPALLOWED)) == 0
-    chosen = _payload(category, of) & (at >= 0) & unwatched & ((of & wanted) == wanted)
+    chosen = _payload(category, of) & unwatched & ((of & wanted) == wanted)
     return canonical(np.stack((lo[chosen], hi[chosen]), axis=1))

@@ -1,7 +1,7 @@
 """The page pipe: pages to be written, cut into chunks for the writers.
 
-A chunk is at most `CHUNK_PAGES` pages in at most `CHUNK_IOVECS` runs (the most that one process_vm_readv(2) takes). Its
-place in the pages image is fixed here, so that writers may finish in any order:
+A chunk is at most `CHUNK_PAGES` pages, and so at most `CHUNK_IOVECS` runs (the most that one process_vm_readv(2) takes).
+Its place in the pages image is fixed here, so that writers may finish in any order:
 
     entries          [A: 3 pages] [hole] [B: 1 page] [C: 5000 pages]
     pages image      |A A A B C C C C ... C|C C C C ... |
@@ -11,21 +11,24 @@ place in the pages image is fixed here, so that writers may finish in any order:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
+from incdump.model.runs import PAGE_SHIFT, PE_PRESENT, page_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from incdump.model.runs import Entries, Runs
 
 CHUNK_PAGES = 1024
 """4 MiB: large enough for full copying speed, small enough for a buffer per writer."""
 CHUNK_IOVECS = 1024
-"""UIO_MAXIOV."""
+"""UIO_MAXIOV; never exceeded, for a run has at least one page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Chunk:
 
 
 def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
-    """Cut the pages of an entry table into chunks.
+    """Cut the pages of an entry table into chunks, all full but the last.
 
     :param entries: rows without PE_PRESENT take no place and are passed over.
     :param first_page: where in the pages image the first of them goes, in pages.
@@ -51,26 +54,26 @@ def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
     rows = entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0]
     if not len(rows):
         return
-    pieces = _split_long(rows)
-    counts = pieces[:, 1].astype(np.int64)
-    before = np.concatenate(([0], np.cumsum(counts)))
-    spans = np.stack((pieces[:, 0], pieces[:, 0] + (pieces[:, 1] << np.uint64(PAGE_SHIFT))), axis=1)
-    begin = 0
-    while begin < len(pieces):
-        end = int(np.searchsorted(before, before[begin] + CHUNK_PAGES, "right")) - 1
-        end = min(max(end, begin + 1), begin + CHUNK_IOVECS)
-        yield Chunk(spans[begin:end], first_page + int(before[begin]), int(before[end] - before[begin]))
-        begin = end
+    spans, place = _split(rows)
+    begins = np.flatnonzero(np.diff(place // CHUNK_PAGES, prepend=-1)).tolist()
+    for begin, end in pairwise([*begins, len(spans)]):
+        runs = spans[begin:end]
+        yield Chunk(runs, first_page + int(place[begin]), page_count(runs))
 
 
-def _split_long(rows: Entries) -> Entries:
-    """Cut entries of more than a chunk into pieces of a chunk at most."""
-    parts = (rows[:, 1].astype(np.int64) + CHUNK_PAGES - 1) // CHUNK_PAGES
-    if (parts == 1).all():
-        return rows
+def _split(rows: Entries) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Cut entries wherever a chunk ends.
+
+    :returns: the pieces, start and end, shape (n, 2); and the place of each, in pages from the first, shape (n,).
+    """
+    sizes = rows[:, 1].astype(np.int64)
+    ends = np.cumsum(sizes)
+    begins = ends - sizes
+    chunk = begins // CHUNK_PAGES
+    parts = (ends - 1) // CHUNK_PAGES - chunk + 1
     of = np.repeat(np.arange(len(rows)), parts)
     nth = np.arange(len(of)) - np.repeat(np.cumsum(parts) - parts, parts)
-    skipped = (nth * CHUNK_PAGES).astype(np.uint64)
-    start = rows[of, 0] + (skipped << np.uint64(PAGE_SHIFT))
-    size = np.minimum(rows[of, 1] - skipped, np.uint64(CHUNK_PAGES))
-    return np.stack((start, size, rows[of, 2]), axis=1)
+    place = np.maximum(begins[of], (chunk[of] + nth) * CHUNK_PAGES)
+    until = np.minimum(ends[of], (chunk[of] + nth + 1) * CHUNK_PAGES)
+    within = np.stack((place - begins[of], until - begins[of]), axis=1).astype(np.uint64)
+    return rows[of, :1] + (within << np.uint64(PAGE_SHIFT)), place

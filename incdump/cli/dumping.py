@@ -163,7 +163,7 @@ def _title(kind: Kind, result: DumpResult) -> str:
 
 def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
     """What happened, for people."""
-    from incdump.cli.text import Fact, bytes_text, count_text, time_text
+    from incdump.cli.text import Fact, bytes_text, time_text
 
     s = result.stats
     scanned, written = s.pages_scanned + s.shpages_scanned, s.pages_written + s.shpages_written
@@ -176,18 +176,20 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
         Fact("pages skipped", f"{skipped:,}", _parent_note(result)),
     ]
     if s.pages_compared:
-        lines.append(Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash, for want of a tracker"))
+        lines.append(
+            Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash, for want of a tracker")
+        )
     if s.pages_untracked:
-        lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "no tracker could vouch for them: written whole"))
+        lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "written whole: no tracker vouched for them"))
     if s.pages_vanished:
         lines.append(Fact("pages vanished", f"{s.pages_vanished:,}", "unmapped before they could be read"))
-    lines += [
+    return [
+        *lines,
         Fact("time stopped", time_text(s.stopped_time), _stopped_note(kind, result, afterwards)),
         Fact("time in all", time_text(s.total_time)),
         Fact("tracker", result.tracker, result.tracker_reason),
         Fact("pagemap reader", result.pagemap),
     ]
-    return [fact for fact in lines if fact is not None] if count_text else lines
 
 
 def _exited(result: DumpResult) -> str:
@@ -209,7 +211,9 @@ def _stopped_note(kind: Kind, result: DumpResult, afterwards: Afterwards) -> str
 
     s = result.stats
     if s.frozen_time or s.freezing_time:
-        after = {"running": "", "stopped": "; left stopped (SIGCONT lets it go on)", "killed": "; then killed"}[afterwards]
+        after = {"running": "", "stopped": "; left stopped (SIGCONT lets it go on)", "killed": "; then killed"}[
+            afterwards
+        ]
         return f"freezing {time_text(s.freezing_time)}, frozen {time_text(s.frozen_time)}{after}"
     if s.stopped_time:
         return "one thread at a time, to start the tracking"

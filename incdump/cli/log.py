@@ -1,8 +1,8 @@
 """The log of a dump: lines with a time, to a file (``-o``) and, with ``-v``, to stderr.
 
 The file is only ever added to. A relative name is taken from the images dir, as CRIU takes it from its work dir, which
-is the images dir unless it is told otherwise; and since the images dir may only be made by the dump, lines are held back
-until it is there.
+is the images dir unless it is told otherwise. As it is the dump that makes the images dir, lines are held back until it
+is there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Log:
         now = time.monotonic()
         if step != self._step:
             self._step = step
-            self.line(f"{step} process memory" if step == "dumping" else step)
+            self.line(step)
         elif self._verbosity > 1 and now - self._counted > _COUNTERS_EVERY:
             self._counted = now
             self.line(

@@ -1,13 +1,14 @@
 """The command ``incdump``: what is common to all its commands.
 
-Each command is a module of its own, loaded when it is called for; see `COMMANDS`. A command raises what goes wrong; here
-it becomes one line on stderr, an exit code (`incdump.errors` has the table) and, with ``--json``, one object on stdout.
-Signals end a command cleanly (`incdump.cli.runner`): 128 plus their number is the exit code.
+Each command is a module of its own, loaded when it is called; see `COMMANDS`. A command raises what goes wrong. Here
+it becomes one line on stderr, an exit code (`incdump.errors` has the table) and, with ``--json``, an object on stdout.
+Signals end a command cleanly (`incdump.cli.signals`): the exit code is 128 plus the signal's number.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -89,8 +90,9 @@ def _run(args: Sequence[str] | None, invocation: Invocation) -> int:
         return _usage_error(error)
     except (click.Abort, KeyboardInterrupt):
         # Before, or after, the part in which signals are handled by `incdump.cli.signals`.
-        invocation.fail(Stopped(2), "stopped by SIGINT")
-        return 128 + 2
+        stopped = Stopped(signal.SIGINT)
+        invocation.fail(stopped, str(stopped))
+        return stopped.exit_code
     except Stopped as stopped:
         invocation.fail(stopped, str(stopped))
         return stopped.exit_code

@@ -22,11 +22,13 @@ T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):  # noqa: N818 - not an error of anything
+class Stopped(Exception):
     """A signal ended the command."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}: the target runs on, nothing half done is left behind")
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}: the target runs on, nothing half done is left behind"
+        )
         self.exit_code = 128 + number
 
 

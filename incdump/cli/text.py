@@ -129,6 +129,6 @@ def time_text(microseconds: int) -> str:
     return f"{microseconds / 1e3:.1f} ms"
 
 
-def count_text(number: int, noun: str) -> str:
-    """A number of things: ``"1 process"``, ``"2 processes"``."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+def count_text(number: int, one: str, many: str) -> str:
+    """A number of things: ``"1 page"``, ``"1,024 pages"``."""
+    return f"{number:,} {one if number == 1 else many}"

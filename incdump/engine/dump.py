@@ -193,7 +193,7 @@ class DumpRun:
                 self._tell("freezing")
                 frozen = await freezer.freeze(self._pid)
                 self._gone.extend(frozen.exited)
-                await in_thread(self._prepare_tree, True)
+                await in_thread(self._take_up_frozen)
                 if self._kind == "pre-dump":
                     await in_thread(self._collect_all)
                     await freezer.thaw()
@@ -245,7 +245,7 @@ class DumpRun:
     def _owners(self) -> Iterator[PageOwner]:
         """Processes, then the segments that they share. Runs in the reader's thread."""
         if not self._processes:
-            self._prepare_tree(one_by_one=True)
+            self._find_tree()
         for process in list(self._processes.values()):
             if not process.prepared:
                 self._prepare(process)
@@ -258,31 +258,42 @@ class DumpRun:
 
     # -- processes ------------------------------------------------------------------------------------------------
 
-    def _prepare_tree(self, frozen: bool = False, *, one_by_one: bool = False) -> None:
-        """Take up every process of the tree that is not yet known.
+    def _find_tree(self) -> list[ProcessDump]:
+        """Take up every process of the tree that is not yet known, and let go of those that are gone.
 
-        :param frozen: the tree is stopped; nothing can be injected into a process that turns up only now.
-        :param one_by_one: leave it to the caller to prepare them.
+        :returns: the ones that are in the tree now.
         """
-        tasks = [task for task in process_tree(self._pid) if task.state != "Z"]
-        known = {(task.pid, task.start_time): task for task in tasks}
-        for key in [key for key in self._processes if key not in known]:
+        tasks = {(t.pid, t.start_time): t for t in process_tree(self._pid) if t.state != "Z"}
+        for key in [key for key in self._processes if key not in tasks]:
             gone = self._processes.pop(key)
             self._gone.append(gone.task.pid)
             gone.close()
-        for key, task in known.items():
-            if key in self._processes:
-                self._processes[key].task = task
-                continue
-            parent = None if self._parent is None else self._parent.process(task)
-            self._processes[key] = ProcessDump(task, self._means, parent)
-            if not one_by_one:
-                self._prepare(self._processes[key], frozen)
+        for key, task in tasks.items():
+            if key not in self._processes:
+                parent = None if self._parent is None else self._parent.process(task)
+                self._processes[key] = ProcessDump(task, self._means, parent)
+            self._processes[key].task = task
+        return [self._processes[key] for key in tasks]
 
-    def _prepare(self, process: ProcessDump, frozen: bool = False) -> None:
-        process.prepare(borrow=not frozen)
-        if self._kind == "dump" and not frozen:
-            process.ahead = look_ahead(process.task.pid)
+    def _prepare_tree(self) -> None:
+        for process in self._find_tree():
+            self._prepare(process)
+            if self._kind == "dump":
+                process.ahead = look_ahead(process.task.pid)
+
+    def _take_up_frozen(self) -> None:
+        for process in self._find_tree():
+            known = process.prepared
+            process.freeze(process.task)
+            if not known:
+                self._check_incremental(process)
+
+    def _prepare(self, process: ProcessDump) -> None:
+        process.prepare()
+        self._check_incremental(process)
+
+    def _check_incremental(self, process: ProcessDump) -> None:
+        """Say so, or fail, where the parent has the process and the tracker cannot tell what it wrote since."""
         if self._parent is None or process.incremental or process.exited:
             return
         if process.task.pid != self._pid and self._parent.process(process.task) is None:

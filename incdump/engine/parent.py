@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from incdump.engine.process import ParentImages
+from incdump.engine.watch import ParentImages
 from incdump.errors import ParentMismatch
 from incdump.images.chain import check_chain
 from incdump.images.images_dir import ImagesDir
@@ -30,7 +30,8 @@ class Parent:
         self._images = ImagesDir(path)
         check_chain(self._images)
         self._boot_id = boot_id
-        self._uptime = self._images.inventory().dump_uptime
+        inventory = self._images.inventory()
+        self._uptime = None if inventory is None else inventory.dump_uptime
         meta = self._images.meta()
         self._processes: dict[str, Any] | None = None if meta is None else meta.get("processes", {})
         self.seed = None if meta is None else meta.get("hash_seed")

@@ -1,17 +1,13 @@
-"""One process of a dump: its tracker's lease, its mappings, its image.
+"""One process of a dump: its mappings, what becomes of their pages, its image.
 
-The order of things is the whole point here (invariants 1 to 3); `ProcessDump` is driven in this order by the engine:
-
-1. `prepare`: borrow the userfaultfd, before anything is frozen (the holder has to stop a thread to make one).
-2. `windows`: read the mappings, put them under watch, get and clear what was written. Every page that is taken is in
-   the ledger before it is in a window.
-3. `classify`, `chunks`, `write`: pages are read after they were cleared.
-4. `finish`: the pagemap. Then, once the whole images dir is complete, `commit`; or, whatever happened, `give_back`.
+What was written is the business of its `incdump.engine.watch.Watch`; this is the `PageOwner` of
+`incdump.engine.pipeline`. The engine calls, in this order: `prepare`; `freeze`, if the tree is frozen; then the pipeline
+`windows`, `classify`, `chunks` and `write`; then `finish`; and at last, when the images dir is complete, `commit`, or
+whatever happened `give_back`.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,22 +15,14 @@ import numpy as np
 
 from incdump.classify import Classified, Rule, classify, payload_runs, rules
 from incdump.engine.pages_image import PagesImage
-from incdump.errors import (
-    AlreadyTraced,
-    IncdumpError,
-    InjectionFailed,
-    NoSuchTarget,
-    TargetDenied,
-    TargetExited,
-    TargetUnsuitable,
-)
+from incdump.engine.watch import ParentImages, Watch
+from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
 from incdump.model.vmas import VmaKind
 from incdump.proc.maps import reread_vmas
 from incdump.proc.memory import ProcessMemory
-from incdump.proc.pinned import pinned_io
-from incdump.tracking import content, soft_dirty, uffd_wp
+from incdump.tracking import content
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.engine.metadata import Ahead
-    from incdump.holder.client import Keeper, Lease
+    from incdump.holder.client import Keeper
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Regions, Runs
     from incdump.model.stats import DumpStats
@@ -50,24 +38,7 @@ if TYPE_CHECKING:
     from incdump.page_pipe import Chunk
     from incdump.proc.pagemap import PagemapReader
     from incdump.proc.tree import Task
-
-
-@dataclass(frozen=True, slots=True)
-class ParentImages:
-    """What the parent images dir says of one process or segment.
-
-    :ivar covered: the pages that its pagemap has.
-    :ivar generation: of the dump that wrote it; None if CRIU did.
-    :ivar tracker: that was reset by that dump; None if unknown.
-    :ivar uptime: when that was, microseconds since boot; None if unknown.
-    :ivar hashes: of the pages that were compared by content; None if none were.
-    """
-
-    covered: Runs
-    generation: str | None = None
-    tracker: str | None = None
-    uptime: int | None = None
-    hashes: content.HashTable | None = None
+    from incdump.tracking.soft_dirty import SoftDirtyLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +56,7 @@ class Means:
     tracker: str
     reader: PagemapReader
     keeper: Keeper
-    soft_dirty_log: soft_dirty.SoftDirtyLog | None
+    soft_dirty_log: SoftDirtyLog | None
     rearm: bool
     seed: int
     boot_id: str
@@ -112,20 +83,17 @@ class ProcessDump:
         self.exited = False
         self.prepared = False
         self.incremental = False
-        self.vmas: VmaTable | None = None
         self.ahead: Ahead | None = None
+        self.vmas: VmaTable | None = None
         self._means = means
         self._parent = parent
+        self._watch = Watch(task, means)
+        self._memory: ProcessMemory | None = None
         self._image: PagesImage | None = None
-        self._lease: Lease | None = None
-        self._round: uffd_wp.UffdWpRound | None = None
         self._rule: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._hashes = content.HashCollector(means.seed)
         self._hashed_spans: Runs = empty_runs()
         self._collected: list[Window] | None = None
-        self._pagemap_fd = -1
-        self._memory: ProcessMemory | None = None
-        self._suspect: str | None = None
         self._compared = 0
         self._counted = np.zeros(4, np.int64)
 
@@ -134,52 +102,33 @@ class ProcessDump:
 
     # -- before the scan ------------------------------------------------------------------------------------------
 
-    def prepare(self, *, borrow: bool = True) -> None:
-        """Open the process and borrow its userfaultfd. Blocks. A process that is gone is marked as exited.
-
-        :param borrow: False when the process is frozen already: its tracking then starts with a later dump.
-        """
-        pid = self.task.pid
+    def prepare(self) -> None:
+        """Open the process and have its tracker ready. Blocks. A process that is gone is marked as exited."""
         self.prepared = True
         try:
-            self._pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-            self._memory = ProcessMemory(pid)
-            if borrow and self._means.tracker == uffd_wp.NAME:
-                self._borrow()
-        except (TargetExited, NoSuchTarget, FileNotFoundError, ProcessLookupError):
+            self._watch.open()
+            self._memory = ProcessMemory(self.task.pid)
+        except (TargetExited, NoSuchTarget):
             self.exited = True
-        self.incremental = self._trusts_parent()
-
-    def _borrow(self, *, renew: bool = False) -> None:
-        pid = self.task.pid
-        reason = pinned_io(pid)
-        if reason is not None:
-            self._means.warn(f"process {pid} {reason}: writes to its memory can go unseen, so it is compared by content")
             return
+        self.incremental = self._parent is not None and self._watch.is_about(self._parent)
+
+    def freeze(self, task: Task) -> None:
+        """The process is frozen from now on: look at it afresh. Blocks.
+
+        :param task: what it is by now.
+        """
+        known, self.prepared = self.prepared, True
+        self.task = self._watch.task = task
+        if self._memory is not None:
+            self._memory.close()
+        self.exited = False
         try:
-            self._lease = self._means.keeper.acquire(pid, self.task.start_time, renew=renew)
-        except (InjectionFailed, TargetUnsuitable, AlreadyTraced, TargetDenied) as error:
-            self._means.warn(f"process {pid} cannot be tracked ({error}): it is compared by content")
-            return
-        self._means.stats.stopped_time += self._lease.stopped_us
-        self._round = uffd_wp.UffdWpRound(self._lease.uffd, self._pagemap_fd)
-
-    def _trusts_parent(self) -> bool:
-        """Whether the tracker's answer is about the time since the parent dump."""
-        parent, means = self._parent, self._means
-        if parent is None or self.exited:
-            return False
-        if means.tracker == content.NAME:
-            return parent.hashes is not None
-        if means.tracker == soft_dirty.NAME:
-            record = None
-            if means.soft_dirty_log is not None:
-                record = means.soft_dirty_log.read(self.task.pid, self.task.start_time, means.boot_id)
-            same = parent.tracker in (soft_dirty.NAME, None)
-            return same and soft_dirty.may_trust(record, parent.generation, parent.uptime)
-        if self._lease is None:
-            return parent.hashes is not None
-        return parent.tracker == uffd_wp.NAME and self._lease.generation == parent.generation is not None
+            self._watch.open_frozen()
+            self._memory = ProcessMemory(task.pid)
+        except (TargetExited, NoSuchTarget):
+            self.exited = True
+        self.incremental = self.incremental and known
 
     # -- scanning -------------------------------------------------------------------------------------------------
 
@@ -197,54 +146,21 @@ class ProcessDump:
         yield from self._scan() if self._collected is None else self._collected
 
     def _scan(self) -> Iterator[Window]:
-        self.vmas = reread_vmas(self.task.pid, self.ahead.vmas if self.ahead is not None else None)
-        watched = self._watch(self.vmas)
-        self._rule = rules(self.vmas)
+        vmas = reread_vmas(self.task.pid, self.ahead.vmas if self.ahead is not None else None)
+        watched, anew = self._watch.begin(vmas)
+        self.vmas, self._rule = vmas, rules(vmas)
+        self.incremental = self.incremental and not anew
         self._image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
-        if self._means.tracker == content.NAME:
-            self._hashed_spans = canonical(self.vmas.spans((self._rule & Rule.HOLE) != 0))
-        else:
-            self._hashed_spans = canonical(self.vmas.spans(((self._rule & Rule.HOLE) != 0) & ~watched))
-        vdso = self.vmas.of_kind(VmaKind.VDSO)
+        self._hashed_spans = canonical(vmas.spans(((self._rule & Rule.HOLE) != 0) & ~watched))
+        vdso = vmas.of_kind(VmaKind.VDSO)
         wanted = ((self._rule & Rule.DUMP) != 0) & ~vdso
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8) if self._has_hashes() else None
-        raw = self._raw_windows(self.vmas.select(wanted), watched[wanted])
-        for window in merge_into(raw, _present(self.vmas.spans(vdso))):
-            regions = window.regions
-            if not self.incremental:
-                regions = _all_written(regions)
+        raw = self._watch.windows(vmas.select(wanted), watched[wanted])
+        for window in merge_into(raw, _present(vmas.spans(vdso))):
+            regions = window.regions if self.incremental else _all_written(window.regions)
             if scratch is not None:
-                regions = self._compare(Window(window.lo, window.hi, regions), self.vmas, scratch)
+                regions = self._compare(Window(window.lo, window.hi, regions), vmas, scratch)
             yield Window(window.lo, window.hi, regions)
-        self._after_scan()
-
-    def _watch(self, vmas: VmaTable) -> NDArray[np.bool_]:
-        """Put the mappings under watch; for each, whether it is."""
-        if self._means.tracker == soft_dirty.NAME:
-            return vmas.of_kind(VmaKind.ANON, VmaKind.FILE_PRIVATE)
-        if self._round is None:
-            return np.zeros(len(vmas), bool)
-        try:
-            return self._round.register(vmas)
-        except uffd_wp.AddressSpaceGone:
-            pass
-        self._means.warn(f"process {self.task.pid} has a new address space (execve): tracking starts anew")
-        if self._lease is not None:
-            self._lease.close()
-        self._lease = self._round = None
-        self.incremental = False
-        self._borrow(renew=True)
-        return np.zeros(len(vmas), bool) if self._round is None else self._round.register(vmas)
-
-    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
-        means = self._means
-        if not len(vmas):
-            return iter(())
-        if means.tracker == soft_dirty.NAME:
-            return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched)
-        if self._round is not None:
-            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm)
-        return means.reader.windows(self._pagemap_fd, vmas)
 
     def _has_hashes(self) -> bool:
         return self._parent is not None and self._parent.hashes is not None and bool(len(self._parent.hashes))
@@ -261,18 +177,6 @@ class ProcessDump:
         )
         self._compared += compared
         return mark(window.regions, unchanged, PageIs.WPALLOWED, clear=PageIs.WRITTEN)
-
-    def _after_scan(self) -> None:
-        """What has to be known, or done, once everything was taken, and before the target may run on."""
-        means = self._means
-        if means.tracker == soft_dirty.NAME and means.rearm and means.soft_dirty_log is not None:
-            self._log_soft_dirty(None)
-            soft_dirty.reset(self.task.pid)
-        if self._round is not None:
-            # I/O that was under way when pages were marked as clean would be seen here: its file is still open.
-            self._suspect = pinned_io(self.task.pid)
-            if self._suspect is not None:
-                means.warn(f"process {self.task.pid} {self._suspect}: its next dump will be full")
 
     # -- classifying and writing ----------------------------------------------------------------------------------
 
@@ -319,8 +223,8 @@ class ProcessDump:
             self._image.discard()
             return
         failed = self._image.failed()
-        if len(failed) and self._round is not None:
-            self._round.give_back(failed)
+        if len(failed):
+            self._watch.give_back(failed)
         gone = self._image.nr_pages - self._image.finish()
         self._add(stats, -gone, 0, -gone)
         stats.pages_vanished += gone
@@ -329,56 +233,24 @@ class ProcessDump:
             self._means.images.write_raw(f"incdump-hashes-{self.task.vpid}", table.encode())
 
     def commit(self, generation: str) -> None:
-        """The images dir is complete: the tracker's answers are about the time since it. Blocks."""
-        if self._lease is not None:
-            self._means.keeper.commit(self._lease, None if self._suspect else generation)
-        elif self._means.tracker == soft_dirty.NAME and self._means.rearm:
-            self._log_soft_dirty(generation)
+        """The images dir is complete. Blocks."""
+        self._watch.commit(generation)
 
     def give_back(self) -> None:
-        """The dump failed: every page that was taken counts as written again, or the generation is lost. Blocks."""
-        if self._lease is None or self._round is None or self._lease.uffd < 0:
-            return
-        try:
-            self._round.give_back()
-        except OSError as error:
-            self._means.warn(f"process {self.task.pid}: {error.strerror}: its next dump will be full")
-            return
-        try:
-            self._means.keeper.commit(self._lease, self._lease.generation)
-        except IncdumpError as error:
-            self._means.warn(str(error))
+        """The dump failed: no write may be forgotten. Blocks."""
+        self._watch.give_back()
 
     def close(self) -> None:
         """Close all descriptors; whatever was not committed is lost."""
-        if self._lease is not None:
-            self._lease.close()
+        self._watch.close()
         if self._memory is not None:
             self._memory.close()
         if self._image is not None:
             self._image.close()
-        if self._pagemap_fd >= 0:
-            os.close(self._pagemap_fd)
-            self._pagemap_fd = -1
 
     def meta(self, generation: str) -> dict[str, object]:
         """What incdump.json says of this process."""
-        tracked = self._lease is not None or self._means.tracker != uffd_wp.NAME
-        return {
-            "pid": self.task.pid,
-            "start_time": self.task.start_time,
-            "comm": self.task.comm,
-            "tracker": self._means.tracker if tracked else content.NAME,
-            "generation": generation if self._means.rearm and self._suspect is None else None,
-        }
-
-    def _log_soft_dirty(self, generation: str | None) -> None:
-        log = self._means.soft_dirty_log
-        assert log is not None
-        with open("/proc/uptime", encoding="ascii") as file:
-            uptime = int(float(file.read().split()[0]) * 1e6)
-        record = soft_dirty.SoftDirtyRecord(self.task.start_time, self._means.boot_id, generation, uptime)
-        log.write(self.task.pid, record)
+        return self._watch.meta(generation)
 
 
 def _present(spans: NDArray[np.uint64]) -> Regions:

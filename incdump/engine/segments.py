@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.engine.parent import Parent
-    from incdump.engine.process import Means, ParentImages, ProcessDump
+    from incdump.engine.process import Means, ProcessDump
+    from incdump.engine.watch import ParentImages
     from incdump.model.stats import DumpStats
     from incdump.page_pipe import Chunk
 

@@ -5,14 +5,16 @@ This module is stdlib only: the small holder process uses it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
+import time
 from dataclasses import dataclass
 
 from incdump._uapi.arch import ARCH
 from incdump.errors import InjectionFailed, TargetDenied, TargetUnsuitable
-from incdump.proc.identity import PF_KTHREAD, Stat, no_such_target, parse_stat, read_proc
+from incdump.proc.identity import PF_KTHREAD, Stat, no_such_target, parse_stat, read_proc, read_stat
 
 PF_EXITING = 0x00000004
 PF_IO_WORKER = 0x00000010
@@ -25,6 +27,7 @@ MOST_CANDIDATES = 16
 _AT_SYSINFO_EHDR = 33
 _VDSO_SIZE = 16384
 _FUTEX_CMD_MASK = 127
+_LOOKS = (0.0, 20e-6, 100e-6, 500e-6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,21 @@ def is_gone(pid: int, tid: int) -> bool:
         return read_thread_stat(pid, tid).state in "ZXx"
     except ProcessLookupError:
         return True
+
+
+def has_exited(pid: int) -> bool:
+    """Whether a process is gone, or a zombie.
+
+    In mid-exec by a thread that is not the leader, /proc shows for a moment the dead leader, of no thread group any
+    more, before the thread in its place: that is looked at again.
+    """
+    for pause in _LOOKS:
+        time.sleep(pause)
+        with contextlib.suppress(ProcessLookupError):
+            stat = read_stat(pid)
+            if not stat.is_dead or stat.num_threads:
+                return stat.is_dead
+    return True
 
 
 def candidates(pid: int) -> list[Candidate]:

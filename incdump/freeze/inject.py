@@ -38,15 +38,12 @@ from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pidfd import open_for_thread, pidfd_getfd
 from incdump.errors import (
-    AlreadyTraced,
-    IncdumpError,
     InjectionFailed,
-    NoSuchTarget,
-    TargetDenied,
     TargetExited,
     TargetUnsuitable,
 )
-from incdump.freeze.choice import Candidate, candidates, find_instruction, is_gone, read_status
+from incdump.freeze.attach import attach
+from incdump.freeze.choice import Candidate, candidates, find_instruction, has_exited, is_gone
 from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, wait_for_stop
 
 if TYPE_CHECKING:
@@ -133,7 +130,7 @@ class _Work:
                 return
             except _Unstoppable:
                 continue
-        if is_gone(self.pid, self.pid):
+        if has_exited(self.pid):
             raise TargetExited(f"process {self.pid} exited", pid=self.pid)
         raise InjectionFailed(
             f"no thread of process {self.pid} stopped within {STOP_TIMEOUT:g} s: is its cgroup frozen, its disk gone?",
@@ -145,7 +142,7 @@ class _Work:
         at = find_instruction(self.pid, candidate.tid)
         pidfd = _open_pidfd(self.pid, candidate.tid)
         try:
-            thread = _seize(self.pid, candidate, at)
+            thread = _Thread(self.pid, candidate, at)
             began = time.monotonic_ns()
             try:
                 thread.stop()
@@ -188,37 +185,6 @@ def _open_pidfd(pid: int, tid: int) -> int:
         raise
 
 
-def _seize(pid: int, candidate: Candidate, at: int) -> _Thread:
-    """Become the tracer of a thread.
-
-    :raises _Unstoppable: it is gone.
-    """
-    try:
-        ptrace.seize(candidate.tid)
-    except OSError as e:
-        if e.errno == errno.ESRCH or is_gone(pid, candidate.tid):
-            raise _Unstoppable from None
-        raise seize_error(pid, candidate.tid, e) from None
-    return _Thread(pid, candidate, at)
-
-
-def seize_error(pid: int, tid: int, error: OSError) -> IncdumpError:
-    """The error for a PTRACE_SEIZE that was refused."""
-    try:
-        tracer = int(read_status(pid, tid).get("TracerPid", "0"))
-    except ProcessLookupError:
-        return NoSuchTarget(f"process {pid} has exited", pid=pid, errno=errno.ESRCH)
-    if tracer:
-        return AlreadyTraced(
-            f"process {pid} is traced by process {tracer}: detach that first", pid=pid, errno=error.errno
-        )
-    return TargetDenied(
-        f"not allowed to trace process {pid}: run as its user or as root (or see kernel.yama.ptrace_scope)",
-        pid=pid,
-        errno=error.errno,
-    )
-
-
 @dataclass(slots=True)
 class _Saved:
     """What is put back."""
@@ -228,7 +194,7 @@ class _Saved:
 
 
 class _Thread:
-    """A seized thread of the target. Buffers are made here, before it is stopped."""
+    """The thread of the target. Buffers are made here, before it is stopped."""
 
     def __init__(self, pid: int, candidate: Candidate, at: int) -> None:
         self.pid = pid
@@ -242,11 +208,13 @@ class _Thread:
         self.is_stopped = False
 
     def stop(self) -> None:
-        """Stop it where no signal is being delivered.
+        """Seize it, and stop it where no signal is being delivered.
 
-        :raises _Unstoppable: it does not stop.
+        :raises TargetError: it is another's, or not for us.
+        :raises _Unstoppable: it has exited, or does not stop.
         """
-        ptrace.interrupt(self.tid)
+        if not attach(self.pid, self.tid):
+            raise _Unstoppable
         self._wait(STOP_TIMEOUT)
         while not is_event_stop(self.info):
             ptrace.interrupt(self.tid)

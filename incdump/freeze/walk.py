@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import os
 import signal
 import threading
@@ -30,9 +29,9 @@ from typing import TYPE_CHECKING
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
-from incdump.errors import FreezeTimeout, NoSuchTarget, TargetExited, TargetUnsuitable
-from incdump.freeze.choice import read_status, read_thread_stat
-from incdump.freeze.inject import seize_error
+from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
+from incdump.freeze.attach import attach, is_ours
+from incdump.freeze.choice import has_exited, read_thread_stat
 from incdump.freeze.stops import SLOW, Backoff, held_signal, is_group_stop
 from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
 
@@ -104,6 +103,7 @@ class TreeWalk:
         self._deadline = 0.0
         self._abandoned = threading.Event()
         self._info = ptrace.SigInfo()
+        self._registers = ARCH.registers()
 
     def __repr__(self) -> str:
         threads = sum(len(process.threads) for process in self.processes.values())
@@ -153,12 +153,11 @@ class TreeWalk:
             if pid == self._root:
                 raise no_such_target(pid, e.errno) from None
             return False
-        if pid == self._root:
-            if stat.flags & PF_KTHREAD:
-                raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory", pid=pid)
-            if stat.is_dead:
+        if pid == self._root and stat.flags & PF_KTHREAD:
+            raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory", pid=pid)
+        if stat.is_dead and has_exited(pid):
+            if pid == self._root:
                 raise TargetUnsuitable(f"process {pid} is a zombie: its parent {stat.ppid} has yet to reap it", pid=pid)
-        if stat.is_dead:
             return False
         self.processes[pid] = Process(pid, stat.ppid, stat.state, stat.ppid == os.getpid())
         return True
@@ -166,6 +165,7 @@ class TreeWalk:
     def _settle_all(self) -> None:
         """Step 1, for all processes that are not settled."""
         while unsettled := [process for process in self.processes.values() if not process.is_settled]:
+            self._check_patience([])
             for process in unsettled:
                 self._seize_new(process)
             threads = (thread for process in unsettled for thread in process.threads.values())
@@ -180,42 +180,16 @@ class TreeWalk:
         was_stopped = all(thread.is_stopped or thread.in_vfork for thread in process.threads.values())
         for tid in process.threads.keys() - tids:
             del process.threads[tid]
-        new = [tid for tid in sorted(tids - process.threads.keys()) if self._seize(process, tid)]
+        found_new = False
+        for tid in sorted(tids - process.threads.keys()):
+            if attach(process.pid, tid):
+                process.threads[tid] = Thread(process.pid, tid)  # at once: `reap_stalled` and `thaw` have to know
+                found_new = True
+        process.is_settled = was_stopped and not found_new
         if not process.threads:
-            self._drop(process)
-        process.is_settled = was_stopped and not new
-
-    def _seize(self, process: Process, tid: int) -> bool:
-        """Seize a thread and have it stop.
-
-        :returns: False: it has exited.
-        """
-        try:
-            ptrace.seize(tid)
-        except OSError as e:
-            if not self._is_ours_already(process, tid, e):
-                return False
-        process.threads[tid] = Thread(process.pid, tid)
-        with contextlib.suppress(ProcessLookupError):  # it has exited since: the wait for its stop will tell
-            ptrace.interrupt(tid)
-        return True
-
-    def _is_ours_already(self, process: Process, tid: int, error: OSError) -> bool:
-        """Why a thread could not be seized: True: it is ours, under a new id since an exec. False: it has exited.
-
-        :raises TargetError: it is another's, or not for us.
-        """
-        try:
-            if error.errno == errno.ESRCH or read_thread_stat(process.pid, tid).state in "ZXx":
-                return False
-            if _is_ours(process.pid, tid):
-                return True
-        except ProcessLookupError:
-            return False
-        refused = seize_error(process.pid, tid, error)
-        if isinstance(refused, NoSuchTarget):
-            return False
-        raise refused from None
+            process.is_settled = False
+            if has_exited(process.pid):
+                self._drop(process)
 
     def _drop(self, process: Process) -> None:
         """A process that has exited is no longer in the tree."""
@@ -230,10 +204,7 @@ class TreeWalk:
         """Wait until each thread is stopped, is found to be gone, or to be in vfork."""
         backoff = Backoff()
         while pending := [thread for thread in pending if not self._see(thread)]:
-            if self._abandoned.is_set():
-                raise Abandoned
-            if time.monotonic() > self._deadline:
-                raise self._timeout(pending)
+            self._check_patience(pending)
             if backoff.pause() > SLOW:
                 pending = [thread for thread in pending if self._is_to_come(thread)]
 
@@ -241,11 +212,20 @@ class TreeWalk:
         """Whether a thread is stopped now; how is remembered."""
         if not ptrace.is_stopped(thread.tid, self._info):
             return False
+        if not thread.is_stopped:
+            self._spare_eintr(thread)
         thread.is_stopped = True
         thread.in_vfork = False
         thread.held = held_signal(self._info)
         thread.in_group_stop = is_group_stop(self._info)
         return True
+
+    def _spare_eintr(self, thread: Thread) -> None:
+        """See to it that an endless wait goes on afterwards, and does so even if we are killed."""
+        registers = self._registers
+        with contextlib.suppress(ProcessLookupError):  # killed since: it will be found out
+            if ptrace.getregset(thread.tid, registers) == ctypes.sizeof(registers) and ARCH.spare_eintr(registers):
+                ptrace.setregset(thread.tid, registers)
 
     def _is_to_come(self, thread: Thread) -> bool:
         """Whether a thread that has not stopped so far still may."""
@@ -256,7 +236,7 @@ class TreeWalk:
             if state == "D" and self._in_vfork(thread):
                 thread.in_vfork = True
                 return False
-            gone = state in "ZXx" or not _is_ours(thread.pid, thread.tid)
+            gone = state in "ZXx" or not is_ours(thread.pid, thread.tid)
         except ProcessLookupError:
             gone = True
         if gone:
@@ -290,17 +270,20 @@ class TreeWalk:
             for tid in list(process.threads):
                 self._reap(process, tid)
 
-    def _timeout(self, pending: list[Thread]) -> FreezeTimeout:
-        thread = pending[0]
-        try:
-            state = read_thread_stat(thread.pid, thread.tid).state
-        except ProcessLookupError:
-            state = "X"
-        why = _WHY_NOT_STOPPED.get(state, f"is in state {state}")
-        return FreezeTimeout(
-            f"thread {thread.tid} of process {thread.pid} did not stop in time: it {why}; allow more time or try later",
-            pid=thread.pid,
-        )
+    def _check_patience(self, pending: list[Thread]) -> None:
+        """Give up when nobody waits any more, or time is over."""
+        if self._abandoned.is_set():
+            raise Abandoned
+        if time.monotonic() <= self._deadline:
+            return
+        who, why, pid = "some thread of the tree", "is never the last one", self._root
+        if pending:
+            pid, state = pending[0].pid, "X"
+            with contextlib.suppress(ProcessLookupError):
+                state = read_thread_stat(pid, pending[0].tid).state
+            who = f"thread {pending[0].tid} of process {pid}"
+            why = _WHY_NOT_STOPPED.get(state, f"is in state {state}")
+        raise FreezeTimeout(f"{who} did not stop in time: it {why}; allow more time or try later", pid=pid)
 
     # -- children, proof
 
@@ -369,10 +352,9 @@ class TreeWalk:
                     os.kill(process.pid, number)
 
     def _let_go(self, threads: list[Thread]) -> None:
-        registers = ARCH.registers()
         for thread in threads:
             if not thread.in_vfork:
-                self._detach(thread, registers)
+                self._detach(thread)
         in_vfork = [thread for thread in threads if thread.in_vfork]
         backoff = Backoff()
         while in_vfork := [thread for thread in in_vfork if not self._see(thread)]:
@@ -381,15 +363,13 @@ class TreeWalk:
                 break
         for thread in threads:
             if thread.is_stopped:
-                self._detach(thread, registers)
+                self._detach(thread)
 
-    def _detach(self, thread: Thread, registers: ctypes.Array[ctypes.c_uint64]) -> None:
+    def _detach(self, thread: Thread) -> None:
         """Detach one thread; what cannot be detached is dead, or is left to the end of our own thread."""
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
-            if ptrace.getregset(thread.tid, registers) == ctypes.sizeof(registers) and ARCH.spare_eintr(registers):
-                ptrace.setregset(thread.tid, registers)
             ptrace.detach(thread.tid, thread.held)
             thread.is_stopped = False
         except ProcessLookupError:
@@ -448,11 +428,6 @@ def _children_by_scan(pid: int) -> list[int]:
                 if read_stat(int(name)).ppid == pid:
                     children.append(int(name))
     return children
-
-
-def _is_ours(pid: int, tid: int) -> bool:
-    """Whether the calling thread is the tracer of a thread."""
-    return read_status(pid, tid).get("TracerPid") == str(threading.get_native_id())
 
 
 def _share_memory(pid: int, other: int) -> bool:

@@ -118,7 +118,7 @@ def connect_or_start() -> socket.socket:
     :raises incdump.errors.HolderError: it cannot be started or reached.
     """
     try:
-        lock = os.open(os.path.join(wire.runtime_dir(), "holder.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(os.path.join(wire.runtime_dir(), wire.LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             sock = connect()

@@ -7,7 +7,6 @@ register. The helper's descriptor comes back over a socket pair.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -20,7 +19,6 @@ from incdump.holder.server import make_tracking_uffd
 def main() -> None:
     """Run as ``python -c "from incdump.holder.oneshot import main; main()" PID SOCKET_FD``."""
     pid, fd = int(sys.argv[1]), int(sys.argv[2])
-    os.setsid()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     with socket.socket(fileno=fd) as sock:
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import selectors
 import signal
@@ -91,10 +92,29 @@ class Holder:
         while True:
             idle = not self.targets and not self.clients
             ready = self.selector.select(LINGER if idle else None)
-            if idle and not ready:
+            if idle and not ready and self._may_end():
                 return
             for key, _events in ready:
                 key.data(key.fileobj)
+
+    def _may_end(self) -> bool:
+        """Take the lock under which clients look for a holder, and the socket out of their sight; or find one waiting.
+
+        The lock is held until this process is gone: a client that comes now starts another holder after that.
+        """
+        path = self.listener.getsockname()
+        lock = os.open(os.path.join(os.path.dirname(path), wire.LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return False
+        if self.selector.select(0):
+            os.close(lock)
+            return False
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        return True
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
@@ -244,8 +264,4 @@ def main() -> None:
     listener.listen(16)
     os.write(ready, b"1")
     os.close(ready)
-    try:
-        Holder(listener).run()
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    Holder(listener).run()

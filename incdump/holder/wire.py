@@ -22,6 +22,7 @@ dies in between (SIGKILL included) has taken pages from the tracker that no imag
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -30,6 +31,9 @@ from typing import Any
 
 VERSION = 1
 MAX_MESSAGE = 65536
+LOCK = "holder.lock"
+"""Beside the socket: locked by a client while it looks for a holder or starts one, and by a holder that ends."""
+MAX_FDS = 4
 
 
 def runtime_dir() -> str:
@@ -75,17 +79,35 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """Receive one message.
 
     :returns: the message, or None at end of file; descriptors that came with it (close-on-exec).
-    :raises ValueError: not a JSON object; descriptors that came with it are closed.
+    :raises ValueError: not a JSON object, or cut short; descriptors that came with it are closed.
     """
-    data, fds, _flags, _address = socket.recv_fds(sock, MAX_MESSAGE, 4, socket.MSG_CMSG_CLOEXEC)
-    if not data:
-        return None, []
+    # Not socket.recv_fds(): it does not pass on its flags (Python 3.9 to 3.13), and programs that are run would inherit.
+    data, fds, flags = _receive_raw(sock)
     try:
-        message = json.loads(data)
-        if not isinstance(message, dict):
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ValueError("a message that was cut short")
+        message = json.loads(data) if data else None
+        if data and not isinstance(message, dict):
             raise ValueError("not an object")
-    except ValueError:
-        for fd in fds:
-            os.close(fd)
-        raise
+    except (ValueError, RecursionError) as error:
+        _close(fds)
+        raise ValueError(f"no message: {error}") from error
+    if message is None:
+        _close(fds)
+        return None, []
     return message, fds
+
+
+def _receive_raw(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    fds = array.array("i")
+    space = socket.CMSG_LEN(MAX_FDS * fds.itemsize)
+    data, ancillary, flags, _address = sock.recvmsg(MAX_MESSAGE, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(payload[: len(payload) // fds.itemsize * fds.itemsize])
+    return data, fds.tolist(), flags
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -34,7 +34,7 @@ def read_build_id(fd: int) -> tuple[int, ...]:
 def _note_segments(fd: int) -> list[tuple[int, int]]:
     """Offset and size of the note segments of a little-endian ELF file."""
     start = os.pread(fd, 64, 0)
-    if not start.startswith(b"\x7fELF") or start[5] != 1:
+    if len(start) < 52 or not start.startswith(b"\x7fELF") or start[5] != 1:
         return []
     is_64 = start[4] == 2
     (table,) = struct.unpack_from("<Q", start, 32) if is_64 else struct.unpack_from("<I", start, 28)

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
-from incdump.errors import NoSuchTarget
+from incdump.errors import NoSuchTarget, TargetUnsuitable
 
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
@@ -57,6 +57,11 @@ class Stat:
     def is_dead(self) -> bool:
         """Whether no thread is left to run. A leader that exited before its threads is a "Z" too, but not dead."""
         return self.state in "ZXx" and self.num_threads <= 1
+
+    @property
+    def is_leaderless(self) -> bool:
+        """Whether the main thread has exited and others run on: /proc/PID then shows no memory, and neither do we."""
+        return self.state in "ZXx" and self.num_threads > 1
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -136,6 +141,12 @@ def open_pidfd(pid: int) -> int:
         if e.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
             raise no_such_target(pid, e.errno) from None
         raise
+
+
+def leaderless(pid: int) -> TargetUnsuitable:
+    """The error for a process whose main thread has exited before the others."""
+    message = f"the main thread of process {pid} has exited while others run: such a process cannot be dumped"
+    return TargetUnsuitable(message, pid=pid)
 
 
 def no_such_target(pid: int, number: int | None = None) -> NoSuchTarget:

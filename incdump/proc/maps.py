@@ -13,6 +13,7 @@ columns become numbers without a Python object for each.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from incdump.errors import NoSuchTarget, TargetDenied, TargetExited
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
+from incdump.proc.identity import leaderless, read_stat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,6 +72,7 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
     :raises NoSuchTarget: there is no such process.
     :raises TargetDenied: its mappings may not be read.
     :raises TargetExited: it is a zombie, or exited meanwhile: it has no memory any more.
+    :raises TargetUnsuitable: its main thread has exited before the others.
     """
     path = f"/proc/{pid}/{'smaps' if flags else 'maps'}"
     try:
@@ -82,6 +85,9 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
     except ProcessLookupError as e:
         raise TargetExited(f"process {pid} exited while it was being read", pid=pid, errno=e.errno) from None
     if not text:
+        with suppress(ProcessLookupError):
+            if read_stat(pid).is_leaderless:
+                raise leaderless(pid)
         raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
     parse = parse_smaps if flags else parse_maps
     return parse(text, shmem_dev=shmem_dev())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsuitable
-from incdump.proc.identity import PF_KTHREAD, Stat, no_such_target, read_proc, read_stat
+from incdump.proc.identity import PF_KTHREAD, Stat, leaderless, no_such_target, read_proc, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +86,8 @@ def check_target(pid: int) -> Task:
 
     :returns: the root task.
     :raises NoSuchTarget: no such process; or `pid` is a thread, not a process.
-    :raises TargetUnsuitable: a kernel thread, a zombie, or a tree that incdump itself belongs to.
+    :raises TargetUnsuitable: a kernel thread, a zombie, a process whose main thread has exited before the others, or a
+        tree that incdump itself belongs to.
     :raises TargetDenied: its memory may not be read.
     :raises AlreadyTraced: a debugger is attached.
     """
@@ -115,6 +116,8 @@ def _check_suitable(pid: int, stat: Stat) -> None:
         raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to dump", pid=pid)
     if stat.is_dead:
         raise TargetUnsuitable(f"process {pid} is a zombie: its parent {stat.ppid} has yet to reap it", pid=pid)
+    if stat.is_leaderless:
+        raise leaderless(pid)
     if pid == os.getpid():
         raise TargetUnsuitable(f"process {pid} is incdump itself: run incdump outside of the target", pid=pid)
     if pid in _ancestors():
@@ -190,8 +193,8 @@ def _read_task(pid: int, depth: int) -> Task:
     except FileNotFoundError as e:
         raise ProcessLookupError(e.errno, e.strerror) from None
     state = stat.state
-    if state == "Z" and not stat.is_dead:
-        state = "S"  # the leader alone has exited
+    if stat.is_leaderless:
+        state = "S"
     vpid, pgid, sid, vtids = pid, stat.pgid, stat.sid, threads
     if depth > 0:
         status = _status(pid)

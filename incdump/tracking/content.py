@@ -91,8 +91,10 @@ class HashTable:
         if magic != _MAGIC or len(data) - _HEADER.size != count * _ROW.itemsize:
             raise BadImage(f"{path} is no table of page hashes, or damaged; dump without --prev-images-dir", path=path)
         rows = np.frombuffer(data, _ROW, count, _HEADER.size)
-        if count and (np.diff(rows["vaddr"].astype(np.int64)) <= 0).any():
-            raise BadImage(f"{path} is out of order; dump without --prev-images-dir", path=path)
+        vaddr = rows["vaddr"]
+        bad = (vaddr & np.uint64(PAGE_SIZE - 1)) | (vaddr >> np.uint64(63))
+        if bad.any() or (vaddr[1:] <= vaddr[:-1]).any():
+            raise BadImage(f"{path} is damaged or out of order; dump without --prev-images-dir", path=path)
         return cls(seed, rows)
 
     def equal(self, addresses: NDArray[np.uint64], hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -133,12 +135,13 @@ class HashCollector:
         self._pieces.append(rows)
 
     def table(self, drop: Runs | None = None) -> HashTable:
-        """What was gathered, in order.
+        """What was gathered, in order; of a page that was noted twice, the later: it was read for the images then.
 
         :param drop: pages to leave out: they could not be read after all.
         """
         rows = np.concatenate(self._pieces) if self._pieces else np.empty(0, _ROW)
         rows = rows[np.argsort(rows["vaddr"], kind="stable")]
+        rows = rows[np.append(rows["vaddr"][1:] != rows["vaddr"][:-1], True)[: len(rows)]]
         if drop is not None and len(drop):
             rows = rows[~member(drop, rows["vaddr"])]
         return HashTable(self.seed, rows)

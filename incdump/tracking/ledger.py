@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from incdump.model.runs import Runs
 
 COALESCE_RUNS = 1 << 16
-"""Above so many pieces the ledger is put in order, which merges those that touch."""
+"""Above so many pieces the ledger is put in order, which merges those that touch; where few do, it waits for twice as
+many as were left the last time."""
 
 
 class Ledger:
@@ -29,6 +30,7 @@ class Ledger:
         self.lock = threading.Lock()
         self._pieces: list[Runs] = []
         self._count = 0
+        self._limit = COALESCE_RUNS
         self._closed = False
 
     def __repr__(self) -> str:
@@ -48,9 +50,10 @@ class Ledger:
             return
         self._pieces.append(np.array(runs[:, :2], np.uint64))
         self._count += len(runs)
-        if self._count > COALESCE_RUNS and len(self._pieces) > 1:
+        if self._count > self._limit and len(self._pieces) > 1:
             self._pieces = [canonical(np.concatenate(self._pieces))]
             self._count = len(self._pieces[0])
+            self._limit = max(COALESCE_RUNS, 2 * self._count)
 
     def record_span(self, lo: int, hi: int) -> None:
         """Note a whole span as taken: what was in it is not known."""

@@ -113,16 +113,19 @@ class UffdWpRound:
         if not watched.any():
             yield from reader.windows(self._pagemap_fd, vmas)
         elif reader.name == "scan":
-            yield from self._by_scan(reader, vmas, watched, rearm)
+            yield from self._by_scan(vmas, watched, rearm)
         else:
             yield from self._by_entries(reader, vmas, watched, rearm)
 
-    def _by_scan(
-        self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool
-    ) -> Iterator[Window]:
-        """One scan gets and clears the watched mappings; the others were read before, and are merged in."""
-        others = [w.regions for w in reader.windows(self._pagemap_fd, vmas.select(~watched))] if not watched.all() else []
-        unwatched = np.concatenate(others) if others else empty_regions()
+    def _by_scan(self, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool) -> Iterator[Window]:
+        """One scan gets and clears the watched mappings. All others were read before, and are merged in.
+
+        Which are the others is the kernel's word, not `watched`: a mapping that was registered a moment ago may be
+        another one by now, or the whole address space may be (execve), and is not left out for that.
+        """
+        others = ScanReader(mask=PageIs.WPALLOWED, inverted=PageIs.WPALLOWED)
+        found = [window.regions for window in others.windows(self._pagemap_fd, vmas)]
+        unwatched = np.concatenate(found) if found else empty_regions()
         return merge_into(self._taking_scan(vmas.select(watched), rearm), unwatched)
 
     def _taking_scan(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:

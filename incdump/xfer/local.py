@@ -75,8 +75,10 @@ def close_gaps(fd: int, gaps: Runs, nr_pages: int, path: str) -> int:
     :raises incdump.errors.ImagesIOError: the image cannot be changed.
     """
     size = nr_pages << PAGE_SHIFT
+    if not len(gaps):
+        return nr_pages
     ends = [int(start) for start in gaps[1:, 0]] + [size]
-    target = int(gaps[0, 0]) if len(gaps) else size
+    target = int(gaps[0, 0])
     try:
         for start, end in zip(gaps[:, 1].tolist(), ends, strict=True):
             target = _move_down(fd, start, end, target)
@@ -95,7 +97,7 @@ def _move_down(fd: int, start: int, end: int, target: int) -> int:
         block = os.pread(fd, min(1 << 22, end - start), start)
         if not block:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        os.pwrite(fd, block, target)
-        start += len(block)
-        target += len(block)
+        written = os.pwrite(fd, block, target)
+        start += written
+        target += written
     return target

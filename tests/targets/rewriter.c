@@ -2,7 +2,7 @@
  * rewriter: a target for benchmarks. It fills memory with incompressible data and rewrites a share of it when told to.
  *
  *   rewriter --mib N                  one mapping of N MiB
- *   rewriter --vmas N --vma-kib K     N mappings of K KiB each, with a gap behind each (in addition to --mib, if given)
+ *   rewriter --vmas N --vma-kib K     N mappings of K KiB each, with gaps between them (in addition to --mib, if given)
  *   rewriter ... --rate P             from the start, rewrites P pages a second, chosen at random
  *
  *   ready PID                the first line of output
@@ -70,11 +70,13 @@ static void allocate(void)
 	if (big_pages)
 		big = map(mib << 20);
 	small = (char **)(void *)map(vmas * sizeof(*small) + PAGE);
-	for (size_t n = 0; n < vmas; n++) {
-		small[n] = map((vma_pages + 1) * PAGE);
-		munmap(small[n] + vma_pages * PAGE, PAGE); /* the gap: without it the kernel merges neighbours */
-	}
 	order = (uint32_t *)(void *)map(pages * sizeof(*order) + PAGE);
+	for (size_t n = 0; n < vmas; n++) { /* last of all, so that nothing comes to lie in a gap */
+		char *p = map((vma_pages + 2) * PAGE);
+		munmap(p, PAGE); /* the gaps: without them the kernel merges neighbours */
+		munmap(p + (vma_pages + 1) * PAGE, PAGE);
+		small[n] = p + PAGE;
+	}
 	for (size_t n = 0; n < pages; n++) {
 		order[n] = (uint32_t)n;
 		rewrite(n);

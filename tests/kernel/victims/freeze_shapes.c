@@ -33,7 +33,8 @@ static void tree(int depth)
     for (int i = 0; depth > 0 && i < 2; i++)
         if (fork() == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
-            tree(depth - 1);
+            depth--;
+            i = -1;
         }
     add(&board->value[0], 1);
     beats(NULL);

@@ -1,0 +1,44 @@
+"""The processor time that a command takes before it touches its target.
+
+A pid that cannot exist is the measure: the command loads what it needs, looks for the process, and gives up. Beside it
+stands the whole of a pre-dump of a tiny process.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks.report import Report, Verdict, alternate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.bench import Bench
+
+NO_SUCH_PID = (1 << 22) + 1
+"""Beyond the highest pid that Linux can be told to use."""
+LIMIT = 0.200
+ROUNDS = 9
+
+
+def run(bench: Bench) -> Iterator[Report]:
+    """Measure 9 times, or 3 times ``bench.rounds`` if that is less."""
+    with bench.target(mib=1) as target:
+
+        def until_target() -> float:
+            done = bench.command("predump", "-t", str(NO_SUCH_PID), "-D", str(bench.new_dir()))
+            if done.code == 0:
+                raise RuntimeError("incdump predump found a process that cannot exist")
+            return done.cpu
+
+        def whole() -> float:
+            done = bench.command("predump", "-t", str(target.pid), "-D", str(bench.new_dir()))
+            bench.clear()
+            if done.code:
+                raise RuntimeError(f"incdump predump failed with {done.code}")
+            return done.cpu
+
+        figures = alternate({"no such process": until_target, "1 MiB": whole}, min(ROUNDS, 3 * bench.rounds))
+    report = Report("startup", "user and system time of `incdump predump`", figures=figures)
+    report.verdicts.append(Verdict("until it looks for its target", figures["no such process"], LIMIT, unit="s"))
+    yield report

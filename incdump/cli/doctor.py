@@ -1,0 +1,194 @@
+"""``incdump doctor``: what works here, what does not, and what follows.
+
+Features are tried on this very process (`incdump.kerndat`). Trackers are tried on a child that does nothing else: it is
+stopped, read and tracked as any target would be, so that a seccomp filter or Yama in the way is found as well.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from incdump.cli.invocation import Command, Invocation, json_option, print_json, verbose_option
+from incdump.errors import IncdumpError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from incdump.kerndat import Feature
+
+_EXAMPLE = """\b
+Example:
+  incdump doctor
+"""
+_YAMA = {
+    "1": "only descendants of the dumper can be traced (kernel.yama.ptrace_scope=1): run as root, or let the target "
+    "call prctl(PR_SET_PTRACER)",
+    "2": "only root can trace (kernel.yama.ptrace_scope=2)",
+    "3": "nobody can trace (kernel.yama.ptrace_scope=3)",
+}
+
+
+class Verdict(NamedTuple):
+    """Whether a tracker works, and why or why not."""
+
+    name: str
+    works: bool
+    why: str
+
+
+@click.command("doctor", cls=Command, epilog=_EXAMPLE)
+@json_option
+@verbose_option
+@click.pass_obj
+def command(invocation: Invocation) -> int:
+    """Try each kernel feature and each tracker: works or not, why, what follows.
+
+    Needs no privilege, but answers for the user who runs it. The exit code is 1 if nothing works.
+    """
+    from incdump import kerndat
+
+    features = kerndat.probe().features()
+    trackers = _try_trackers()
+    works = any(tracker.works for tracker in trackers)
+    report: dict[str, Any] = {
+        "works": works,
+        "auto": next((tracker.name for tracker in trackers if tracker.works), None),
+        "trackers": [tracker._asdict() for tracker in trackers],
+        "features": [asdict(feature) for feature in features],
+        "limits": _limits(),
+        "tracked": _tracked(),
+    }
+    if invocation.json:
+        print_json(report)
+    else:
+        _show(report, features, trackers)
+    return 0 if works else 1
+
+
+def _try_trackers() -> list[Verdict]:
+    """Each tracker, best first."""
+    from incdump.engine.trackers import needs
+
+    with _child() as pid:
+        attempts: tuple[tuple[Any, Callable[[int], None], str], ...] = (
+            ("uffd-wp", _start_tracking, "a child process was tracked and read; pre-dumps do not stop the target"),
+            ("soft-dirty", _freeze, "a child process was stopped and read; shared with CRIU"),
+            ("content", _freeze, "a child process was stopped and read; pages are compared by hash"),
+        )
+        verdicts = []
+        for name, attempt, passed in attempts:
+            missing = [feature for feature in needs(name) if not feature.works]
+            why = f"{missing[0].what}: {missing[0].why}" if missing else _failure(attempt, pid)
+            verdicts.append(Verdict(name, why is None, why or passed))
+    return verdicts
+
+
+def _failure(attempt: Callable[[int], None], pid: int) -> str | None:
+    try:
+        attempt(pid)
+        _read(pid)
+    except IncdumpError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return None
+
+
+@contextmanager
+def _child() -> Iterator[int]:
+    """A process that waits for its standard input, so to speak, to end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    try:
+        yield pid
+    finally:
+        os.close(writer)
+        os.waitpid(pid, 0)
+
+
+def _start_tracking(pid: int) -> None:
+    from incdump.holder.client import OwnKeeper
+    from incdump.proc.identity import identify
+
+    keeper = OwnKeeper()
+    try:
+        keeper.acquire(pid, identify(pid).start_time).close()
+    finally:
+        keeper.close()
+
+
+def _freeze(pid: int) -> None:
+    from incdump.cli.signals import run
+    from incdump.freeze.seize import Freezer
+
+    async def freeze() -> None:
+        async with Freezer() as freezer:
+            await freezer.freeze(pid)
+
+    attempt: Callable[[], Awaitable[None]] = freeze
+    run(attempt)
+
+
+def _read(pid: int) -> None:
+    """Read one page of a child: the page of an object that it has at the same address."""
+    import numpy as np
+
+    from incdump.model.runs import PAGE_SIZE
+    from incdump.proc.memory import ProcessMemory
+    from incdump.proc.tree import check_target
+
+    check_target(pid)
+    start = id(_YAMA) & -PAGE_SIZE
+    with ProcessMemory(pid) as memory:
+        missing = memory.read_into(np.empty(PAGE_SIZE, np.uint8), np.array([[start, start + PAGE_SIZE]], np.uint64))
+    if len(missing):
+        raise OSError(0, "a page of a child process could not be read")
+
+
+def _limits() -> list[str]:
+    """What stands between this user and other processes."""
+    found = []
+    if os.geteuid() != 0:
+        found.append("not root: only processes of this user can be dumped")
+        try:
+            with open("/proc/sys/kernel/yama/ptrace_scope", encoding="ascii") as file:
+                scope = file.read().strip()
+        except OSError:
+            scope = "0"
+        if scope in _YAMA:
+            found.append(_YAMA[scope])
+    return found
+
+
+def _tracked() -> list[int]:
+    """The processes that this user's holder keeps track of."""
+    from incdump.holder.client import held_targets
+
+    try:
+        return sorted(target["pid"] for target in held_targets())
+    except (IncdumpError, OSError):
+        return []
+
+
+def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[Verdict]) -> None:
+    from incdump.cli.text import show_verdicts
+
+    show_verdicts("trackers", [(t.name, t.works, (t.why,)) for t in trackers])
+    auto = report["auto"]
+    print(f"--tracker auto takes {auto}" if auto else "nothing works: no process can be dumped by this user here")
+    for limit in report["limits"]:
+        print(limit)
+    if report["tracked"]:
+        print(f"tracked now (see `incdump untrack`): {', '.join(map(str, report['tracked']))}")
+    print()
+    show_verdicts("kernel features", [(f.name, f.works, (f.what, f"seen: {f.why}", f.follows)) for f in features])

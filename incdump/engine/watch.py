@@ -1,0 +1,263 @@
+"""What is known of one process's writes, by whichever tracker: the part of a dump that invariants 1 to 3 hang on.
+
+A `Watch` is asked in this order: `open` before anything is frozen (the holder has to stop a thread to make a
+userfaultfd), `begin` with the mappings, `windows`, and then either `commit`, once the images dir is complete, or
+`give_back`, whatever else happened.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump.errors import (
+    AlreadyTraced,
+    IncdumpError,
+    InjectionFailed,
+    TargetDenied,
+    TargetExited,
+    TargetUnsuitable,
+)
+from incdump.model.vmas import VmaKind
+from incdump.proc.identity import read_stat
+from incdump.proc.pinned import pinned_io
+from incdump.proc.sharing import shares_address_space
+from incdump.tracking import content, soft_dirty, uffd_wp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from incdump.engine.process import Means
+    from incdump.holder.client import Lease
+    from incdump.model.regions import Window
+    from incdump.model.runs import Runs
+    from incdump.model.vmas import VmaTable
+    from incdump.proc.tree import Task
+
+
+@dataclass(frozen=True, slots=True)
+class ParentImages:
+    """What the parent images dir says of one process or segment.
+
+    :ivar covered: the pages that its pagemap has.
+    :ivar generation: of the dump that wrote it; None if CRIU did.
+    :ivar tracker: that was reset by that dump; None if unknown.
+    :ivar uptime: when that was, microseconds since boot, if CRIU wrote it; else None.
+    :ivar hashes: of the pages that were compared by content; None if none were.
+    """
+
+    covered: Runs
+    generation: str | None = None
+    tracker: str | None = None
+    uptime: int | None = None
+    hashes: content.HashTable | None = None
+
+
+class Watch:
+    """The tracker's side of one process in one dump."""
+
+    def __init__(self, task: Task, means: Means) -> None:
+        self.task = task
+        self._means = means
+        self._pagemap_fd = -1
+        self._lease: Lease | None = None
+        self._round: uffd_wp.UffdWpRound | None = None
+        self._untrusted = means.tracker == content.NAME
+        self._suspect: str | None = None
+        self._frozen = False
+
+    def open(self) -> None:
+        """Open the process's pagemap, and borrow its userfaultfd if that is the tracker. Blocks.
+
+        :raises incdump.errors.TargetExited: it is gone, or another process has its pid.
+        """
+        self._reopen()
+        if self._means.tracker != content.NAME:
+            self._entrust()
+
+    def open_frozen(self) -> None:
+        """Open the process anew now that it is frozen: it may have called execve(2) since `open`.
+
+        A process that turns up only now is not tracked: nothing can be injected into it any more.
+        """
+        self._frozen = True
+        self._reopen()
+        if self._lease is not None:
+            self._round = uffd_wp.UffdWpRound(self._lease.uffd, self._pagemap_fd)
+        elif self._means.tracker == uffd_wp.NAME:
+            self._untrusted = True
+        elif self._means.tracker == soft_dirty.NAME:
+            self._entrust()
+
+    def _reopen(self) -> None:
+        pid = self.task.pid
+        self._close_pagemap()
+        try:
+            self._pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise TargetExited(f"process {pid} exited", pid=pid, errno=error.errno) from None
+        # The descriptor keeps to the address space that it was opened on, so this holds from here on.
+        if read_stat(pid).start_time != self.task.start_time:
+            raise TargetExited(f"process {pid} exited, and another one has its pid", pid=pid)
+
+    def _entrust(self, *, renew: bool = False) -> None:
+        """Leave the process to the tracker, unless something about it makes its answers worthless."""
+        pid, warn = self.task.pid, self._means.warn
+        self._untrusted = True
+        reason = pinned_io(pid)
+        if reason is not None:
+            warn(f"process {pid} {reason}: writes to its memory can go unseen, so it is compared by content")
+            return
+        if self._means.tracker == uffd_wp.NAME:
+            if shares_address_space(pid, self.task.ppid):
+                warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): it is not tracked by itself")
+                return
+            try:
+                self._lease = self._means.keeper.acquire(pid, self.task.start_time, renew=renew)
+            except (InjectionFailed, TargetUnsuitable, AlreadyTraced, TargetDenied) as error:
+                warn(f"process {pid} cannot be tracked ({error}): it is compared by content")
+                return
+            self._means.stats.stopped_time += self._lease.stopped_us
+            self._round = uffd_wp.UffdWpRound(self._lease.uffd, self._pagemap_fd)
+        self._untrusted = False
+
+    @property
+    def tracker(self) -> str:
+        """The tracker that this process is entrusted to."""
+        return content.NAME if self._untrusted else self._means.tracker
+
+    def is_about(self, parent: ParentImages) -> bool:
+        """Whether the tracker's answer will be about the time since this parent dump."""
+        if self._untrusted:
+            return parent.hashes is not None
+        if self._means.tracker == soft_dirty.NAME:
+            same = parent.tracker in (soft_dirty.NAME, None)
+            return same and soft_dirty.may_trust(self._soft_dirty_record(), parent.generation, parent.uptime)
+        assert self._lease is not None
+        return parent.tracker == uffd_wp.NAME and parent.generation == self._lease.generation is not None
+
+    def begin(self, vmas: VmaTable) -> tuple[NDArray[np.bool_], bool]:
+        """Put the mappings under watch.
+
+        :param vmas: all mappings of the process.
+        :returns: for each of them whether it is watched, shape (n,); and whether the watch begins only now because the
+            process has called execve(2).
+        """
+        unwatched = np.zeros(len(vmas), bool)
+        if self._untrusted:
+            return unwatched, False
+        if self._round is None:
+            return vmas.of_kind(VmaKind.ANON, VmaKind.FILE_PRIVATE), False
+        try:
+            return self._round.register(vmas), False
+        except uffd_wp.AddressSpaceGone:
+            self._means.warn(f"process {self.task.pid} has a new address space (execve): tracking starts anew")
+        self._drop_lease()
+        if self._frozen:
+            self._untrusted = True
+        else:
+            self._entrust(renew=True)
+        return unwatched if self._round is None else self._round.register(vmas), True
+
+    def windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
+        """Read what is populated and, of watched mappings, what was written; the answer is cleared with the reading.
+
+        :param vmas: the mappings that are wanted.
+        :param watched: what `begin` said of them.
+        """
+        for window in self._raw_windows(vmas, watched):
+            if not self._frozen:
+                # After pages were marked as clean, before they are read: I/O that was under way to them either has
+                # ended by now, so that its bytes are read, or its file is still open.
+                self._look_for_pinned_io()
+            yield window
+        if self._means.tracker == soft_dirty.NAME and self._means.rearm and not self._untrusted:
+            self._log_soft_dirty(None)
+            soft_dirty.reset(self.task.pid)
+        self._look_for_pinned_io()
+
+    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
+        means = self._means
+        if not len(vmas):
+            return iter(())
+        if self._round is not None:
+            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm)
+        if means.tracker == soft_dirty.NAME and not self._untrusted:
+            return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched)
+        return means.reader.windows(self._pagemap_fd, vmas)
+
+    def _look_for_pinned_io(self) -> None:
+        if self._untrusted or self._suspect is not None:
+            return
+        self._suspect = pinned_io(self.task.pid)
+        if self._suspect is not None:
+            self._means.warn(f"process {self.task.pid} {self._suspect}: its next dump will be full")
+
+    def give_back(self, runs: Runs | None = None) -> None:
+        """Have pages count as written again. Blocks.
+
+        :param runs: pages that could not be read after all; None for everything, when the dump failed: the generation
+            is then the parent's as before, or lost, and the next dump is full.
+        """
+        if self._round is None or self._lease is None or self._lease.uffd < 0:
+            return
+        if runs is not None:
+            self._round.give_back(runs)
+            return
+        try:
+            self._round.give_back()
+            self._means.keeper.commit(self._lease, self._lease.generation)
+        except (OSError, IncdumpError) as error:
+            self._means.warn(f"process {self.task.pid}: {error}: its next dump will be full")
+
+    def commit(self, generation: str) -> None:
+        """The images dir is complete: from here on the tracker's answers are about the time since it. Blocks."""
+        if self._lease is not None:
+            self._means.keeper.commit(self._lease, self._generation(generation))
+        elif self._means.tracker == soft_dirty.NAME and self._means.rearm and not self._untrusted:
+            self._log_soft_dirty(self._generation(generation))
+
+    def _generation(self, generation: str) -> str | None:
+        return generation if self._means.rearm and self._suspect is None else None
+
+    def meta(self, generation: str) -> dict[str, object]:
+        """What incdump.json says of this process."""
+        return {
+            "pid": self.task.pid,
+            "start_time": self.task.start_time,
+            "comm": self.task.comm,
+            "tracker": self.tracker,
+            "generation": self._generation(generation),
+        }
+
+    def close(self) -> None:
+        """Close descriptors; whatever was not committed is lost."""
+        self._drop_lease()
+        self._close_pagemap()
+
+    def _drop_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
+        self._lease = self._round = None
+
+    def _close_pagemap(self) -> None:
+        fd, self._pagemap_fd = self._pagemap_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _soft_dirty_record(self) -> soft_dirty.SoftDirtyRecord | None:
+        log = self._means.soft_dirty_log
+        return None if log is None else log.read(self.task.pid, self.task.start_time, self._means.boot_id)
+
+    def _log_soft_dirty(self, generation: str | None) -> None:
+        log = self._means.soft_dirty_log
+        assert log is not None
+        with open("/proc/uptime", encoding="ascii") as file:
+            uptime = int(float(file.read().split()[0]) * 1e6)
+        record = soft_dirty.SoftDirtyRecord(self.task.start_time, self._means.boot_id, generation, uptime)
+        log.write(self.task.pid, record)

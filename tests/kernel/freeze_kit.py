@@ -1,0 +1,143 @@
+"""Victims of the tests of freezing and injection: small C programs (victims/freeze_*.c) that check themselves.
+
+Each writes into a page of shared memory, `Board`, which the test reads while the victim is frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.targets import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SOURCES = Path(__file__).parent / "victims"
+ERRORS, EINTR, QUIT, BEATS = range(4)
+
+
+class Victim:
+    """A running victim.
+
+    :ivar pid: its pid.
+    """
+
+    def __init__(self, binary: Path, board: Path, *arguments: str) -> None:
+        board.write_bytes(bytes(4096))
+        with board.open("r+b") as file:
+            self._board = mmap.mmap(file.fileno(), 4096)
+        self.popen = subprocess.Popen(
+            [binary, board, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        self.pid = self.popen.pid
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        if not line:
+            if self.popen.wait() == 77:
+                pytest.skip(f"{binary.name}: not on this machine")
+            raise AssertionError(f"the victim did not start: {self.popen.returncode}")
+
+    def slot(self, index: int) -> int:
+        """A word of the board: `ERRORS`, `EINTR`, `QUIT`, `BEATS`, then the victim's own from 4."""
+        return int(struct.unpack_from("<Q", self._board, 8 * index)[0])
+
+    def value(self, index: int) -> int:
+        """One of the victim's own words."""
+        return self.slot(4 + index)
+
+    def set(self, index: int, value: int) -> None:
+        """Write a word of the board."""
+        struct.pack_into("<Q", self._board, 8 * index, value)
+
+    @property
+    def beats(self) -> int:
+        """What grows while anything of the victim runs."""
+        return self.slot(BEATS)
+
+    def wait_for_beats(self, more: int = 1) -> None:
+        """Return when it has run on; fail when it does not."""
+        self.wait_until(lambda start=self.beats: self.beats >= start + more)
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 30) -> None:
+        """Return when something holds; fail when it does not come to hold."""
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, f"it did not happen; the victim is {self.state()}"
+            time.sleep(0.0005)
+
+    def state(self, tid: int | None = None) -> str:
+        """The letter of /proc/PID/stat; "" for one that is gone."""
+        return state(self.pid, tid)
+
+    def fds(self) -> list[tuple[str, str]]:
+        """Its descriptors and what they are."""
+        where = f"/proc/{self.pid}/fd"
+        return sorted((name, os.readlink(f"{where}/{name}")) for name in os.listdir(where))
+
+    def finish(self) -> None:
+        """Ask it to end, and see that it found nothing wrong."""
+        self.set(QUIT, 1)
+        assert self.popen.wait(30) == 0
+        assert self.slot(ERRORS) == 0
+
+    def kill(self) -> None:
+        """End it and what it has started."""
+        for kill in (lambda: os.killpg(self.pid, signal.SIGKILL), self.popen.kill):
+            with contextlib.suppress(ProcessLookupError):
+                kill()
+        self.popen.wait()
+        for stream in (self.popen.stdin, self.popen.stdout):
+            if stream is not None:
+                stream.close()
+        self._board.close()
+
+
+def state(pid: int, tid: int | None = None) -> str:
+    """The letter of a thread's stat file; "" for one that is gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{tid or pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+def tracer_of(pid: int) -> int:
+    """Who traces a process; 0: nobody."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("TracerPid:")[2].split()[0])
+
+
+class Victims:
+    """Compiles and starts victims, and ends them all."""
+
+    def __init__(self, where: Path) -> None:
+        self._where = where
+        self._started: list[Victim] = []
+
+    def __call__(self, name: str, *arguments: object) -> Victim:
+        """Start victims/freeze_NAME.c."""
+        binary = self._where / name
+        if not binary.exists():
+            try:
+                compiler = build.compiler()
+            except build.NoCompilerError as error:
+                pytest.skip(str(error))
+            subprocess.run([compiler, "-O1", "-pthread", "-o", binary, SOURCES / f"freeze_{name}.c"], check=True)
+        board = self._where / f"board-{len(self._started)}"
+        self._started.append(Victim(binary, board, *map(str, arguments)))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """Kill them."""
+        for victim in self._started:
+            victim.kill()

@@ -1,0 +1,104 @@
+"""What a command has loaded when it first turns to its target: nothing that it may not need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.command import ROOT, environment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.kernel
+
+HEAVY = (
+    "rich",
+    "uvloop",
+    "aiofiles",
+    "google.protobuf",
+    "hypothesis",
+    "pytest",
+    "unittest",
+    "multiprocessing",
+    "importlib.metadata",
+    "email",
+    "http",
+    "xml",
+    "sqlite3",
+    "numpy.random",
+    "numpy.testing",
+    "incdump.cli.check",
+    "incdump.cli.doctor",
+    "incdump.images._pb",
+)
+
+# Runs a command; says what is loaded when the engine is called, or when the command has ended.
+HOOK = """
+import os, sys
+from incdump.cli.main import main
+import incdump.cli.dumping as dumping
+when, arguments = sys.argv[1], sys.argv[2:]
+
+def tell():
+    sys.stdout.write(" ".join(sys.modules) + "\\n" + os.environ["OPENBLAS_NUM_THREADS"] + "\\n")
+    sys.stdout.flush()
+    os._exit(0)
+
+dump = dumping._dump
+async def hooked(*args, **kwargs):
+    if when == "called":
+        import incdump.engine.dump as engine
+        async def stop(*args, **kwargs):
+            tell()
+        engine.predump = engine.dump = stop
+    return await dump(*args, **kwargs)
+dumping._dump = hooked
+dumping.print_json = lambda value: None
+code = main(arguments)
+assert code == 0, code
+tell()
+"""
+
+
+def modules(when: str, *arguments: object) -> set[str]:
+    environ = {name: value for name, value in environment().items() if name != "OPENBLAS_NUM_THREADS"}
+    command = [sys.executable, "-c", HOOK, when, *map(str, arguments)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=ROOT, check=True)
+    names, threads = done.stdout.splitlines()
+    assert threads == "1"
+    return set(names.split())
+
+
+def loaded(names: set[str]) -> list[str]:
+    return [heavy for heavy in HEAVY if heavy in names]
+
+
+@pytest.mark.parametrize("kind", ["predump", "dump"])
+def test_nothing_heavy_is_loaded_before_the_target_is_touched(kind: str) -> None:
+    names = modules("called", kind, "-t", os.getpid())
+    assert "incdump.engine.dump" in names
+    assert loaded(names) == []
+
+
+def test_a_dump_that_nobody_watches_never_loads_rich(images_root: Path) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as target:
+        try:
+            names = modules("ended", "dump", "-t", target.pid, "-D", images_root / "1", "--json")
+        finally:
+            target.kill()
+    assert "rich" not in names
+    assert (images_root / "1" / "inventory.img").exists()
+
+
+def test_help_loads_neither_numpy_nor_asyncio() -> None:
+    code = (
+        "import sys; from incdump.cli.main import main; main(['dump', '--help']); print(*sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not {"numpy", "asyncio", "anyio", "rich"} & set(done.stderr.split())
