@@ -1,8 +1,8 @@
 """What the benchmarks have in common: their settings, a place for images, targets, and incdump called in three ways.
 
-`Bench.predump` and `Bench.dump` call the library; `Bench.command` runs ``python -m incdump`` and asks the kernel what it
-used. Tracking is kept by a holder process of this benchmark's own (a private ``INCDUMP_RUNTIME_DIR``), which ends with
-its targets.
+`Bench.predump` and `Bench.dump` call the library; `Bench.command` runs ``python -m incdump`` and asks the kernel what
+it used. Tracking is kept by a holder process of this benchmark's own (a private ``INCDUMP_RUNTIME_DIR``), which ends
+with its targets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class NotHere(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What a run of ``python -m incdump`` used.
+    """What a run of a command used.
 
     :ivar code: exit code.
     :ivar wall: seconds from before it was started until it had ended.
@@ -65,7 +65,7 @@ class Command:
     wall: float
     cpu: float
     peak: int
-    answer: dict[str, Any]
+    answer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -132,24 +132,23 @@ class Bench:
             anyio.run(incdump.untrack, target.pid)
 
     def command(self, *arguments: str) -> Command:
-        """Run ``python -m incdump ARGUMENTS --json``.
+        """Run ``python -m incdump ARGUMENTS --json``; whether that failed is told by the result's exit code."""
+        done = self.python("-m", "incdump", *arguments, "--json")
+        if done.code == 0:
+            done.answer.update(json.loads(self._out.read_text()))
+        return done
 
-        :raises incdump.IncdumpError: never; a failure is told by the result's exit code.
-        """
-        out = self.directory / "answer.json"
-        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(out)]
-        incdump_command = [sys.executable, "-m", "incdump", *arguments, "--json"]
+    @property
+    def _out(self) -> Path:
+        return self.directory / "answer"
+
+    def python(self, *arguments: str) -> Command:
+        """Run ``python ARGUMENTS``."""
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(self._out), sys.executable, *arguments]
         done = subprocess.run(
-            [*launcher, *incdump_command],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
+            launcher, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
         )
-        used = json.loads(done.stdout)
-        answer = json.loads(out.read_text()) if used["code"] == 0 else {}
-        return Command(**used, answer=answer)
+        return Command(**json.loads(done.stdout))
 
 
 @contextmanager
@@ -163,7 +162,9 @@ def bench(mib: int, vmas: tuple[int, ...], rounds: int, directory: str) -> Itera
         tempfile.TemporaryDirectory(prefix="incdump-run-", ignore_cleanup_errors=True) as runtime,
     ):
         os.environ["INCDUMP_RUNTIME_DIR"] = runtime
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        # As when it is installed: modules are compiled once, in the warm-up.
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{runtime}/bytecode"
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         yield Bench(mib, vmas, rounds, Path(images))
 
 

@@ -1,8 +1,8 @@
 """A full dump against the limit: two threads that read and write the same bytes, and do nothing else.
 
 The limit's threads take turns at blocks of the target's one big mapping: process_vm_readv(2) into a buffer that is used
-again and again, pwrite(2) at the block's place in a file. It is run with blocks of 4 and of 1 MiB; the better of the two
-is the limit. Every file is new and is removed right after its round, for all contestants alike: page cache that was
+again and again, pwrite(2) at the block's place in a file. It is run with blocks of 4 and of 1 MiB; the better of the
+two is the limit. Every file is new and is removed right after its round, for all contestants alike: page cache that was
 just given back is what makes these machines slow or fast.
 
 Contestants of incdump, all of the same quiet target:
@@ -29,7 +29,7 @@ from incdump._uapi.memory import process_vm_readv
 from incdump.proc.maps import read_vmas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from benchmarks.bench import Bench
     from incdump.model.stats import DumpResult
@@ -124,7 +124,12 @@ def run(bench: Bench) -> Iterator[Report]:
         span = biggest_mapping(target.pid)
         dumps = Dumps(bench, target)
         limits = {f"limit, {block // MIB} MiB": Limit(bench, target.pid, span, block) for block in BLOCKS}
-        contestants = {**limits, "first dump": dumps.first_dump, "dump": dumps.dump, "command": dumps.command}
+        contestants: dict[str, Callable[[], float]] = {
+            **limits,
+            "first dump": dumps.first_dump,
+            "dump": dumps.dump,
+            "command": dumps.command,
+        }
         figures = alternate(contestants, bench.rounds)
     better = min(limits, key=lambda name: sorted(figures[name])[bench.rounds // 2])
     what = f"a full dump of {bench.mib:,} MiB against {THREADS} threads that copy the same bytes to the same disk"

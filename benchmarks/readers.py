@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import incdump
 from benchmarks.report import Report, alternate
-from incdump.model.options import PagemapName
 from incdump.model.vmas import VmaKind
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import make_reader
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benchmarks.bench import Bench
+    from incdump.model.options import PagemapName
     from tests.targets.build import Target
 
 READERS: tuple[PagemapName, ...] = ("plain", "cache", "scan")

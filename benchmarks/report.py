@@ -1,7 +1,8 @@
 """Measured figures, and what they say about a target.
 
 Contestants take turns (A B C A B C ...), after a warm-up, because these machines are noisy and their first runs slow:
-what is compared is always from the same round. A ratio is the median of the rounds' ratios, with the lowest and highest.
+what is compared is always from the same round. A ratio is the median of the rounds' ratios, with the lowest and the
+highest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What tracking costs a target that writes.
 
 The target rewrites a fifth of its pages, chosen at random, each once, with incompressible bytes: when nobody tracks it;
-when every page is write-protected, so that each write takes one fault; and while a pre-dump of all its pages is under way,
-on the same processors.
+when every page is write-protected, so that each write takes one fault; and while a pre-dump of all its pages is under
+way, on the same processors.
 """
 
 from __future__ import annotations

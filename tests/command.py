@@ -15,6 +15,11 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tests.targets.build import Target
+
+NO_PID = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+"""No process has it."""
+KINDS = ("predump", "dump")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -111,3 +116,16 @@ def is_untouched(pid: int) -> bool:
     """Whether a process runs, not stopped and not traced."""
     status = Path(f"/proc/{pid}/status").read_text()
     return "TracerPid:\t0\n" in status and not states(pid) & set("tTZX")
+
+
+def predump(target: Target, images: Path, *options: object) -> Done:
+    """Pre-dump a target."""
+    return incdump("predump", "-t", target.pid, "-D", images, *options)
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    """Make sure that a command failed as it should: with one line, which has these words."""
+    assert done.code == code, done
+    for word in words:
+        assert word in done.error, done
+    assert done.out == ""

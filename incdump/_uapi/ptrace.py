@@ -86,6 +86,11 @@ _syscall_without_gil = ctypes.CDLL(None, use_errno=True).syscall
 _syscall_without_gil.restype = ctypes.c_long
 _syscall_without_gil.argtypes = _LONGS
 _NR = ARCH.sys_ptrace
+_waitid = ctypes.PyDLL(None).waitid
+_waitid.restype = ctypes.c_int
+_waitid.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_int)
+_P_PID = 1
+_WNOHANG, _WSTOPPED, _WALL = 1, 2, 0x40000000
 
 
 def _ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
@@ -148,6 +153,14 @@ def is_stopped(tid: int, info: SigInfo) -> bool:
     if ctypes.get_errno() != errno.ESRCH:
         raise_errno()
     return False
+
+
+def take_notification(tid: int) -> None:
+    """Take the notification of a thread's stop, if there is one, lest somebody else in this process gets it.
+
+    Popen.poll() would take it for the end of the child.
+    """
+    _waitid(_P_PID, tid, None, _WSTOPPED | _WNOHANG | _WALL)
 
 
 def getregset(tid: int, registers: Registers) -> int:

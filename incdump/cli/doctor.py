@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from incdump.cli.invocation import Command, Invocation, json_option, print_json, verbose_option
+from incdump.cli.invocation import Command, Invocation, json_option, output, print_json, verbose_option
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
@@ -185,10 +185,10 @@ def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[
 
     show_verdicts("trackers", [(t.name, t.works, (t.why,)) for t in trackers])
     auto = report["auto"]
-    print(f"--tracker auto takes {auto}" if auto else "nothing works: no process can be dumped by this user here")
-    for limit in report["limits"]:
-        print(limit)
+    lines = [f"--tracker auto takes {auto}" if auto else "nothing works: no process can be dumped by this user here"]
+    lines += report["limits"]
     if report["tracked"]:
-        print(f"tracked now (see `incdump untrack`): {', '.join(map(str, report['tracked']))}")
-    print()
+        lines.append(f"tracked now (see `incdump untrack`): {', '.join(map(str, report['tracked']))}")
+    with output():
+        print("\n".join(lines), end="\n\n")
     show_verdicts("kernel features", [(f.name, f.works, (f.what, f"seen: {f.why}", f.follows)) for f in features])

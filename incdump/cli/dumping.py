@@ -211,9 +211,7 @@ def _stopped_note(kind: Kind, result: DumpResult, afterwards: Afterwards) -> str
 
     s = result.stats
     if s.frozen_time or s.freezing_time:
-        after = {"running": "", "stopped": "; left stopped (SIGCONT lets it go on)", "killed": "; then killed"}[
-            afterwards
-        ]
+        after = {"running": "", "stopped": "; left stopped, until SIGCONT", "killed": "; then killed"}[afterwards]
         return f"freezing {time_text(s.freezing_time)}, frozen {time_text(s.frozen_time)}{after}"
     if s.stopped_time:
         return "one thread at a time, to start the tracking"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ import click
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(slots=True)
@@ -30,7 +32,8 @@ class Invocation:
         """Say that the command failed: a line on stderr, and with ``--json`` an object on stdout."""
         print(f"incdump: error: {one_line(text)}", file=sys.stderr)
         if self.json:
-            print_json(error_fields(error, text))
+            with suppress(IncdumpError):  # that is what may just have been said
+                print_json(error_fields(error, text))
 
 
 def error_fields(error: BaseException, text: str) -> dict[str, Any]:
@@ -41,9 +44,27 @@ def error_fields(error: BaseException, text: str) -> dict[str, Any]:
     return fields
 
 
+@contextmanager
+def output() -> Iterator[None]:
+    """Where stdout is written to. A reader that has left is no error: what was to be done is done.
+
+    :raises incdump.errors.IncdumpError: it cannot be written.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would be tried again at exit, and complained about.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise IncdumpError(f"cannot write the output: {error.strerror}", errno=error.errno) from error
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print an object on one line of stdout."""
-    print(json.dumps(value))
+    with output():
+        print(json.dumps(value))
 
 
 def one_line(text: str) -> str:

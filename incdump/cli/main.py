@@ -7,6 +7,7 @@ Signals end a command cleanly (`incdump.cli.signals`): the exit code is 128 plus
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -79,11 +80,6 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _prepare_process()
     invocation = Invocation()
-    code = _run(args, invocation)
-    return _flush(code)
-
-
-def _run(args: Sequence[str] | None, invocation: Invocation) -> int:
     try:
         code = command_line.main(args, prog_name="incdump", standalone_mode=False, obj=invocation)
     except click.ClickException as error:
@@ -100,7 +96,7 @@ def _run(args: Sequence[str] | None, invocation: Invocation) -> int:
         invocation.fail(error, str(error))
         return error.exit_code
     except BrokenPipeError:
-        return OTHER_ERROR  # nobody listens any more; `_flush` sees to the rest
+        return OTHER_ERROR  # nobody has read the whole of a help text
     except Exception as error:
         return _unexpected(error, invocation)
     return code if isinstance(code, int) else 0
@@ -136,22 +132,9 @@ def _prepare_process() -> None:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
-
-
-def _flush(code: int) -> int:
-    """Get the output out while it can still be said that this failed."""
-    if sys.stdout is None:
-        return code
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        # What Python would try again at exit, and complain about.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return code
-        print(f"incdump: error: cannot write the output: {error.strerror}", file=sys.stderr)
-        return code or OTHER_ERROR
-    return code
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding has not
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
-from incdump.cli.invocation import one_line
+from incdump.cli.invocation import one_line, output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +33,7 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
+@output()
 def show_facts(title: str, facts: Sequence[Fact]) -> None:
     """Print a title, and a line for each fact: name, value to the right, note."""
     if is_terminal():
@@ -48,6 +49,7 @@ def show_facts(title: str, facts: Sequence[Fact]) -> None:
         print(f"  {name:<{name_width}}  {one_line(value):>{value_width}}  {one_line(note)}".rstrip())
 
 
+@output()
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print rows under column titles; a column of numbers is one whose title begins with a space."""
     if is_terminal():
@@ -68,6 +70,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         print(f"  {'  '.join(cells)}".rstrip())
 
 
+@output()
 def show_verdicts(title: str, rows: Sequence[tuple[str, bool, Sequence[str]]]) -> None:
     """Print what works and what does not: a name, yes or no, and lines of explanation for each."""
     name_width = max(len(name) for name, _, _ in rows)

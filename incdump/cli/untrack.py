@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from incdump.cli.invocation import Command, Invocation, json_option, print_json, verbose_option
+from incdump.cli.invocation import Command, Invocation, json_option, output, print_json, verbose_option
 
 _EXAMPLE = """\b
 Examples:
@@ -33,7 +33,9 @@ def command(invocation: Invocation, pid: int | None, every: bool) -> None:
     untracked = run(lambda: untrack(pid))
     if invocation.json:
         print_json({"untracked": untracked})
-    elif untracked:
-        print(f"no longer tracked: {', '.join(map(str, untracked))}")
-    else:
-        print("no process was tracked" if pid is None else f"process {pid} was not tracked")
+        return
+    with output():
+        if untracked:
+            print(f"no longer tracked: {', '.join(map(str, untracked))}")
+        else:
+            print("no process was tracked" if pid is None else f"process {pid} was not tracked")

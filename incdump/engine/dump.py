@@ -180,6 +180,7 @@ class DumpRun:
             boot_id=self._boot_id,
             warn=self._warn,
             stats=self._stats,
+            check_incremental=self._check_incremental,
         )
 
     # -- the two kinds of dump ------------------------------------------------------------------------------------

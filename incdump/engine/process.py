@@ -25,7 +25,7 @@ from incdump.proc.memory import ProcessMemory
 from incdump.tracking import content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -50,6 +50,7 @@ class Means:
     :ivar seed: of the content hashes of this chain.
     :ivar boot_id: of the running kernel.
     :ivar warn: takes one line for the user.
+    :ivar check_incremental: says so, or raises, when a process turns out not to be incremental only now.
     """
 
     images: NewImagesDir
@@ -62,6 +63,7 @@ class Means:
     boot_id: str
     warn: Warn
     stats: DumpStats
+    check_incremental: Callable[[ProcessDump], None]
 
 
 class Warn:
@@ -149,14 +151,16 @@ class ProcessDump:
         vmas = reread_vmas(self.task.pid, self.ahead.vmas if self.ahead is not None else None)
         watched, anew = self._watch.begin(vmas)
         self.vmas, self._rule = vmas, rules(vmas)
-        self.incremental = self.incremental and not anew
+        if anew and self.incremental:
+            self.incremental = False
+            self._means.check_incremental(self)
         self._image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
         self._hashed_spans = canonical(vmas.spans(((self._rule & Rule.HOLE) != 0) & ~watched))
-        vdso = vmas.of_kind(VmaKind.VDSO)
-        wanted = ((self._rule & Rule.DUMP) != 0) & ~vdso
+        whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
+        wanted = ((self._rule & Rule.DUMP) != 0) & ~whole
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8) if self._has_hashes() else None
         raw = self._watch.windows(vmas.select(wanted), watched[wanted])
-        for window in merge_into(raw, _present(vmas.spans(vdso))):
+        for window in merge_into(raw, _present(vmas.spans(whole))):
             regions = window.regions if self.incremental else _all_written(window.regions)
             if scratch is not None:
                 regions = self._compare(Window(window.lo, window.hi, regions), vmas, scratch)

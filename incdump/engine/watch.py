@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from incdump.proc.tree import Task
 
 
+_NEW_ADDRESS_SPACE = "process {pid} has a new address space (execve): tracking starts anew"
+
+
 @dataclass(frozen=True, slots=True)
 class ParentImages:
     """What the parent images dir says of one process or segment.
@@ -118,13 +121,20 @@ class Watch:
                 warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): it is not tracked by itself")
                 return
             try:
-                self._lease = self._means.keeper.acquire(pid, self.task.start_time, renew=renew)
+                self._acquire(renew=renew)
             except (InjectionFailed, TargetUnsuitable, AlreadyTraced, TargetDenied) as error:
                 warn(f"process {pid} cannot be tracked ({error}): it is compared by content")
                 return
-            self._means.stats.stopped_time += self._lease.stopped_us
-            self._round = uffd_wp.UffdWpRound(self._lease.uffd, self._pagemap_fd)
         self._untrusted = False
+
+    def _acquire(self, *, renew: bool) -> None:
+        lease = self._means.keeper.acquire(self.task.pid, self.task.start_time, renew=renew)
+        self._lease, self._round = lease, uffd_wp.UffdWpRound(lease.uffd, self._pagemap_fd)
+        self._means.stats.stopped_time += lease.stopped_us
+        if not lease.started and not self._round.is_alive():
+            self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
+            self._drop_lease()
+            self._acquire(renew=True)
 
     @property
     def tracker(self) -> str:
@@ -156,7 +166,7 @@ class Watch:
         try:
             return self._round.register(vmas), False
         except uffd_wp.AddressSpaceGone:
-            self._means.warn(f"process {self.task.pid} has a new address space (execve): tracking starts anew")
+            self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
         self._drop_lease()
         if self._frozen:
             self._untrusted = True
@@ -189,7 +199,7 @@ class Watch:
             return self._round.windows(means.reader, vmas, watched, rearm=means.rearm)
         if means.tracker == soft_dirty.NAME and not self._untrusted:
             return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched)
-        return means.reader.windows(self._pagemap_fd, vmas)
+        return uffd_wp.unvouched(means.reader.windows(self._pagemap_fd, vmas))
 
     def _look_for_pinned_io(self) -> None:
         if self._untrusted or self._suspect is not None:

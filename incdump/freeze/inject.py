@@ -24,6 +24,7 @@ Nothing here may be loaded with NumPy or anyio: the small holder process uses it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gc
@@ -47,7 +48,7 @@ from incdump.freeze.choice import Candidate, candidates, find_instruction, has_e
 from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, wait_for_stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 STOP_TIMEOUT = 1.0
 """Seconds to wait for one thread to stop, before another is tried."""
@@ -78,20 +79,29 @@ def inject_userfaultfd(pid: int, flags: int, *, on_stopped: Callable[[], None] |
     if pid == os.getpid():
         raise TargetUnsuitable(f"process {pid} is this very process: it needs no injection", pid=pid)
     work = _Work(pid, flags, on_stopped)
-    thread = threading.Thread(target=work.run, name=f"inject-{pid}", daemon=True)
-    thread.start()
-    _join(thread)
+    try:
+        _run_to_the_end(work)
+    except BaseException:
+        if work.fd >= 0:
+            os.close(work.fd)
+        raise
     if work.error is not None:
         raise work.error
     return work.fd, work.stopped
 
 
-def _join(thread: threading.Thread) -> None:
-    """Wait for a thread to its very end, whatever is raised meanwhile (KeyboardInterrupt), and raise that then."""
+def _run_to_the_end(work: _Work) -> None:
+    """Run it in a thread, whatever is raised here meanwhile (KeyboardInterrupt), and raise that then."""
     interrupted: BaseException | None = None
-    while thread.is_alive():
+    try:
+        threading.Thread(target=work.run, name=f"inject-{work.pid}", daemon=True).start()
+    except RuntimeError:  # no thread can be made
+        raise
+    except BaseException as e:
+        interrupted = e
+    while not work.done.is_set():
         try:
-            thread.join()
+            work.done.wait()
         except BaseException as e:
             interrupted = e
     if interrupted is not None:
@@ -108,6 +118,7 @@ class _Work:
         self.fd = -1
         self.stopped = 0
         self.error: BaseException | None = None
+        self.done = threading.Event()
 
     def run(self) -> None:
         """The body of the thread. Signals are for others; the garbage collector rests while the target waits."""
@@ -121,6 +132,7 @@ class _Work:
         finally:
             if collects:
                 gc.enable()
+            self.done.set()
 
     def _try_each(self) -> None:
         """Try the threads of the target, the best one first, until one has done it."""
@@ -145,10 +157,12 @@ class _Work:
             thread = _Thread(self.pid, candidate, at)
             began = time.monotonic_ns()
             try:
-                thread.stop()
+                with _ptrace_errors(self.pid):
+                    thread.stop()
                 if self.on_stopped is not None:
                     self.on_stopped()
-                fd, problem = thread.make_userfaultfd(pidfd, self.flags)
+                with _ptrace_errors(self.pid):
+                    fd, problem = thread.make_userfaultfd(pidfd, self.flags)
             finally:
                 thread.let_go()
                 self.stopped = (time.monotonic_ns() - began) // 1000
@@ -170,6 +184,18 @@ class _Work:
             os.close(fd)
             raise InjectionFailed(f"the threads of process {self.pid} do not share their descriptors", pid=self.pid)
         return fd
+
+
+@contextlib.contextmanager
+def _ptrace_errors(pid: int) -> Iterator[None]:
+    """Give a type to what no request should say of a stopped thread, unless it is killed."""
+    try:
+        yield
+    except ProcessLookupError as e:
+        raise TargetExited(f"process {pid} was killed", pid=pid, errno=e.errno) from None
+    except OSError as e:
+        message = f"tracing process {pid} failed: {e.strerror}; it runs on as it was, try again"
+        raise InjectionFailed(message, pid=pid, errno=e.errno) from e
 
 
 def _open_pidfd(pid: int, tid: int) -> int:
@@ -242,10 +268,12 @@ class _Thread:
             ours = pidfd_getfd(pidfd, theirs)
         except OSError as e:
             ours = -(e.errno or errno.EIO)
-        closed = self._call(ARCH.sys_close, theirs)
-        if closed < 0 and ours >= 0:
-            os.close(ours)
-            return closed, f"close({theirs}) of the userfaultfd failed"
+        try:
+            self._call(ARCH.sys_close, theirs)
+        except BaseException:
+            if ours >= 0:
+                os.close(ours)
+            raise
         return ours, "pidfd_getfd() failed"
 
     def _take_over(self) -> None:
@@ -369,10 +397,9 @@ class _Thread:
         """Put everything back and detach; a thread that was killed, or never stopped, is left to the end of our own."""
         if not self.is_stopped:
             return
-        try:
+        with contextlib.ExitStack() as steps:  # each is taken, whatever becomes of the others; the last one first
+            steps.enter_context(contextlib.suppress(ProcessLookupError))
+            steps.callback(ptrace.detach, self.tid, held_signal(self.info))
             if self.saved is not None:
-                self._set_registers(self.saved.registers)
-                ptrace.setsigmask(self.tid, self.saved.mask)
-            ptrace.detach(self.tid, held_signal(self.info))
-        except ProcessLookupError:
-            pass
+                steps.callback(ptrace.setsigmask, self.tid, self.saved.mask)
+                steps.callback(self._set_registers, self.saved.registers)

@@ -8,8 +8,9 @@
 The tree is stopped by ptrace (`incdump.freeze.walk`), in a thread of its own (`incdump.freeze.tracer`). Leaving the
 block lets it go, on every way out. If incdump is killed meanwhile the kernel lets it go: no PTRACE_O_EXITKILL.
 
-A program that freezes its own child should not wait for that child in another thread at the same time: waitpid(2) there
-returns the child's ptrace-stops, too, as the kernel has one set of children a process.
+A program that freezes its own child must not have a thread blocked in waitpid(2) for that child at the time: the kernel
+wakes it up with the child's ptrace-stop, as if that were the child's end. Popen.poll() is safe while the tree is
+frozen, and asyncio's subprocesses are from Python 3.12 on; before, they take ``asyncio.PidfdChildWatcher``.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from incdump._uapi.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP, SigInfo, is_stopped
+from incdump._uapi.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP, SigInfo, is_stopped, take_notification
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,11 +90,10 @@ def wait_for_stop(tid: int, info: SigInfo, timeout: float, is_gone: Callable[[],
     :param is_gone: asked now and then, whether the thread has exited.
     :returns: False: not stopped in time, or gone.
     """
-    if is_stopped(tid, info):
-        return True
     backoff = Backoff()
     while not is_stopped(tid, info):
         elapsed = backoff.pause()
         if elapsed > SLOW and (elapsed > timeout or is_gone()):
-            return is_stopped(tid, info)
+            return False
+    take_notification(tid)
     return True

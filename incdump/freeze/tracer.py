@@ -16,6 +16,7 @@ import ctypes
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -26,14 +27,40 @@ import anyio
 from incdump._uapi.libc import libc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
+SWITCH_INTERVAL = 20e-6
+"""Seconds for which other Python threads may keep the GIL while a job runs."""
 STALL = 0.05
 """Seconds after which a job that is not done is looked after (`on_stall`)."""
 _PR_SET_TIMERSLACK = 29
+
+
+_switching = threading.Lock()
+_in_turn: list[float] = []
+
+
+@contextlib.contextmanager
+def _gil_in_turn() -> Iterator[None]:
+    """Have other Python threads, that compute, give the GIL back at once.
+
+    They would keep it for 5 ms each time that the tracing thread lets it go in a system call, thousands of times.
+    """
+    with _switching:
+        _in_turn.append(sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        with _switching:
+            usual = _in_turn.pop(0)
+            if _in_turn:
+                _in_turn[0] = usual
+            else:
+                sys.setswitchinterval(usual)
 
 
 @dataclass(slots=True)
@@ -49,7 +76,8 @@ class _Job:
     def run(self) -> None:
         """In the thread."""
         try:
-            self.result = self.call()
+            with _gil_in_turn():
+                self.result = self.call()
         except BaseException as e:
             self.error = e
 

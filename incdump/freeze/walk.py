@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
+from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.attach import attach, is_ours
 from incdump.freeze.choice import has_exited, read_thread_stat
@@ -214,6 +215,7 @@ class TreeWalk:
             return False
         if not thread.is_stopped:
             self._spare_eintr(thread)
+            ptrace.take_notification(thread.tid)
         thread.is_stopped = True
         thread.in_vfork = False
         thread.held = held_signal(self._info)
@@ -231,12 +233,14 @@ class TreeWalk:
         """Whether a thread that has not stopped so far still may."""
         process = self.processes[thread.pid]
         try:
-            gone = self._reap(process, thread.tid)
-            state = "X" if gone else read_thread_stat(thread.pid, thread.tid).state
+            state = read_thread_stat(thread.pid, thread.tid).state
             if state == "D" and self._in_vfork(thread):
                 thread.in_vfork = True
                 return False
-            gone = state in "ZXx" or not is_ours(thread.pid, thread.tid)
+            if gone := state in "ZXx":
+                self._reap(process, thread.tid)
+            else:
+                gone = not is_ours(thread.pid, thread.tid)
         except ProcessLookupError:
             gone = True
         if gone:
@@ -409,8 +413,8 @@ def children_of(process: Process) -> list[int]:
     children: list[int] = []
     for tid in process.threads:
         try:
-            text = read_proc(f"/proc/{process.pid}/task/{tid}/children")
-        except ProcessLookupError:
+            text = read_small(f"/proc/{process.pid}/task/{tid}/children")
+        except (FileNotFoundError, ProcessLookupError):
             if not os.path.exists(f"/proc/self/task/{threading.get_native_id()}/children"):
                 return _children_by_scan(process.pid)  # a kernel without CONFIG_PROC_CHILDREN
             continue

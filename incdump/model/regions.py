@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.model.runs import canonical, empty_regions, member
+from incdump.model.runs import ascending, canonical, empty_regions, member
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,7 @@ def split_at(regions: Regions, cuts: NDArray[np.uint64]) -> Regions:
         return regions
     at = np.searchsorted(regions[:, 0], cuts, "right").astype(np.int64) - 1
     inner = (at >= 0) & (cuts > regions[at, 0]) & (cuts < regions[at, 1])
-    cuts = np.unique(cuts[inner])
+    cuts = ascending(cuts[inner])
     if not len(cuts):
         return regions
     starts = np.concatenate((regions[:, 0], cuts))

@@ -28,8 +28,8 @@ import numpy as np
 
 from incdump._uapi import userfaultfd as uapi
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
-from incdump.model.regions import PageIs, Window, mark, merge_into
-from incdump.model.runs import PAGE_SIZE, canonical, empty_regions
+from incdump.model.regions import PageIs, Window, mark, merge, merge_into
+from incdump.model.runs import PAGE_SIZE, canonical, empty_regions, empty_runs, subtract
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.pagemap import ScanReader
 from incdump.tracking.ledger import Ledger
@@ -47,6 +47,7 @@ NAME = "uffd-wp"
 
 _TRACKABLE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
 _NOT_OURS = PageIs.FILE | PageIs.PFNZERO | PageIs.GUARD
+_PROBE = 1 << 30  # any address will do: what is there, if anything, counts as written once more
 _MAX_GIVE_BACK = 1 << 14
 """More runs than this are given back in coarser spans: what is given back in excess is only written once more."""
 
@@ -62,7 +63,16 @@ class UffdWpRound:
     def __init__(self, uffd: int, pagemap_fd: int) -> None:
         self._uffd = uffd
         self._pagemap_fd = pagemap_fd
+        self._foreign: Runs = empty_runs()
         self.ledger = Ledger()
+
+    def is_alive(self) -> bool:
+        """Whether the userfaultfd's address space is still in use: after execve(2) or exit it is not."""
+        try:
+            uapi.writeprotect(self._uffd, _PROBE, PAGE_SIZE, False)
+        except OSError as error:
+            return error.errno != errno.ESRCH
+        return True
 
     def register(self, vmas: VmaTable) -> NDArray[np.bool_]:
         """Have the kernel watch every mapping that it can.
@@ -75,9 +85,8 @@ class UffdWpRound:
         :raises AddressSpaceGone: the process has another address space by now.
         """
         eligible = vmas.of_kind(*_TRACKABLE)
-        foreign = VmaFlag.DROPPABLE | VmaFlag.UFFD_MISSING | VmaFlag.UFFD_MINOR
-        if vmas.has_flags:
-            eligible &= (vmas.flags & np.uint64(foreign)) == 0
+        foreign = (vmas.flags & np.uint64(VmaFlag.UFFD_MISSING | VmaFlag.UFFD_MINOR)) != 0
+        eligible &= ~foreign & ((vmas.flags & np.uint64(VmaFlag.DROPPABLE)) == 0)
         watched = np.zeros(len(vmas), bool)
         for first, last in _stretches(eligible):
             lo, hi = int(vmas.start[first]), int(vmas.end[last])
@@ -86,13 +95,16 @@ class UffdWpRound:
             elif first != last:
                 for i in range(first, last + 1):
                     watched[i] = self._register(int(vmas.start[i]), int(vmas.end[i]))
+        foreign |= ~watched & (eligible | ((vmas.flags & np.uint64(VmaFlag.UFFD_WP)) != 0))
+        self._foreign = canonical(vmas.spans(foreign))
         return watched
 
     def _register(self, lo: int, hi: int) -> bool:
         try:
             uapi.register_wp(self._uffd, lo, hi - lo)
         except OSError as error:
-            if error.errno == errno.ESRCH:
+            # The kernel says ENOMEM of an address space that is gone, and of one that has too many mappings.
+            if error.errno == errno.ESRCH or (error.errno == errno.ENOMEM and not self.is_alive()):
                 raise AddressSpaceGone from error
             if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.ENOMEM):
                 return False
@@ -108,10 +120,11 @@ class UffdWpRound:
         :param vmas: the mappings that are wanted, ascending.
         :param watched: of these, which `register` has put under watch.
         :param rearm: False leaves the marks as they are: for a process that nobody will dump again.
-        :returns: windows over all of `vmas`; pages of watched mappings have WPALLOWED, and WRITTEN where they were.
+        :returns: windows over all of `vmas`; pages of watched mappings, and only these, have WPALLOWED, and WRITTEN
+            where they were.
         """
         if not watched.any():
-            yield from reader.windows(self._pagemap_fd, vmas)
+            yield from unvouched(reader.windows(self._pagemap_fd, vmas))
         elif reader.name == "scan":
             yield from self._by_scan(vmas, watched, rearm)
         else:
@@ -121,14 +134,25 @@ class UffdWpRound:
         """One scan gets and clears the watched mappings. All others were read before, and are merged in.
 
         Which are the others is the kernel's word, not `watched`: a mapping that was registered a moment ago may be
-        another one by now, or the whole address space may be (execve), and is not left out for that.
+        another one by now, or the whole address space may be (execve), and is not left out for that. But what somebody
+        else's userfaultfd watches is not watched by ours.
         """
-        others = ScanReader(mask=PageIs.WPALLOWED, inverted=PageIs.WPALLOWED)
-        found = [window.regions for window in others.windows(self._pagemap_fd, vmas)]
-        unwatched = np.concatenate(found) if found else empty_regions()
-        return merge_into(self._taking_scan(vmas.select(watched), rearm), unwatched)
+        others = self._read(ScanReader(mask=PageIs.WPALLOWED, inverted=PageIs.WPALLOWED), vmas)
+        if not watched.all():
+            others = merge(others, self._read(ScanReader(mask=PageIs.WPALLOWED), vmas.select(~watched)))
+        return merge_into(self._taking_scan(vmas.select(watched), rearm), others)
+
+    def _read(self, reader: PagemapReader, vmas: VmaTable) -> Regions:
+        found = [window.regions for window in unvouched(reader.windows(self._pagemap_fd, vmas))]
+        return np.concatenate(found) if found else empty_regions()
 
     def _taking_scan(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
+        """Get and clear. A scan takes whatever lies between its mappings along, so it is cut at what is not ours."""
+        group = np.searchsorted(self._foreign[:, 0], vmas.start)
+        for number in np.unique(group).tolist():
+            yield from self._taking_scan_of(vmas.select(group == number), rearm)
+
+    def _taking_scan_of(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
         scan = ScanReader(
             flags=PM_SCAN_WP_MATCHING if rearm else 0,
             inverted=_NOT_OURS,
@@ -158,7 +182,7 @@ class UffdWpRound:
             pass
         written = self.ledger.taken()
         spans = canonical(vmas.spans(watched))
-        for window in reader.windows(self._pagemap_fd, vmas):
+        for window in unvouched(reader.windows(self._pagemap_fd, vmas)):
             regions = mark(window.regions, spans, PageIs.WPALLOWED)
             yield Window(window.lo, window.hi, mark(regions, written, PageIs.WRITTEN))
 
@@ -171,7 +195,7 @@ class UffdWpRound:
         """
         if runs is None:
             runs = self.ledger.close()
-        for lo, hi in _coarser(runs).tolist():
+        for lo, hi in subtract(_coarser(runs), self._foreign).tolist():
             with contextlib.suppress(_Vanished):
                 self._unprotect(lo, hi)
 
@@ -194,6 +218,14 @@ class UffdWpRound:
 
 class _Vanished(Exception):
     """A single page is not mapped, or not watched, any more."""
+
+
+def unvouched(windows: Iterator[Window]) -> Iterator[Window]:
+    """Windows of pages that our userfaultfd does not watch: if another does, what it saw is about another time."""
+    for window in windows:
+        regions = window.regions.copy()
+        regions[:, 2] &= ~np.uint64(PageIs.WPALLOWED)
+        yield Window(window.lo, window.hi, regions)
 
 
 def _stretches(eligible: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from incdump import kerndat
-from tests.command import ROOT, Done, incdump, is_untouched, read_until, start, states, wait
+from tests.command import (
+    KINDS,
+    NO_PID,
+    ROOT,
+    incdump,
+    is_untouched,
+    predump,
+    read_until,
+    refused,
+    start,
+    states,
+    wait,
+)
 from tests.targets.build import Target
 
 pytestmark = pytest.mark.kernel
@@ -37,22 +46,10 @@ def big(rewriter: MakeTarget) -> Target:
     return rewriter(mib=384, rate=1000)
 
 
-def predump(target: Target, images: Path, *options: object) -> Done:
-    return incdump("predump", "-t", target.pid, "-D", images, *options)
-
-
-def refused(done: Done, code: int, *words: str) -> str:
-    """The command failed as it should: with one line that has these words."""
-    assert done.code == code, done
-    for word in words:
-        assert word in done.error, done
-    assert done.out == ""
-    return done.error
-
-
 def cont(target: Target) -> None:
     for pid in target.tree():
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # a child that ended as soon as it could
+            os.kill(pid, signal.SIGCONT)
 
 
 # -- the main job ----------------------------------------------------------------------------------------------------
@@ -233,244 +230,7 @@ def test_every_tracker_and_reader_can_be_asked_for(
     assert second["pages_skipped_parent"] > 800
 
 
-# -- targets that cannot be dumped -----------------------------------------------------------------------------------
-
-NO_PID = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
-KINDS = ("predump", "dump")
-
-
-def kernel_thread() -> int:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[6]) & 0x00200000:
-                    return int(name)
-    pytest.skip("needs a kernel thread that is visible in /proc")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_pid_that_does_not_exist_is_refused(images_root: Path, kind: str) -> None:
-    refused(incdump(kind, "-t", NO_PID, "-D", images_root / "1"), 3, str(NO_PID))
-    assert not (images_root / "1").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kernel_thread_is_refused(images_root: Path, kind: str) -> None:
-    refused(incdump(kind, "-t", kernel_thread(), "-D", images_root / "1"), 3, "kernel thread")
-    assert not (images_root / "1").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_zombie_is_refused(images_root: Path, kind: str) -> None:
-    with subprocess.Popen(["true"]) as process:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        refused(incdump(kind, "-t", process.pid, "-D", images_root / "1"), 3, "zombie")
-    assert not (images_root / "1").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_incdump_itself_is_refused(images_root: Path, kind: str) -> None:
-    script = f'exec {sys.executable} -m incdump {kind} -t $$ -D "$0"'
-    done = subprocess.run(["sh", "-c", script, str(images_root / "1")], cwd=ROOT, capture_output=True, text=True)
-    refused(Done(done.returncode, done.stdout, done.stderr), 3, "incdump itself")
-    assert not (images_root / "1").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_tree_that_incdump_runs_in_is_refused(images_root: Path, kind: str) -> None:
-    refused(incdump(kind, "-t", os.getpid(), "-D", images_root / "1"), 3, "incdump")
-    assert not (images_root / "1").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_process_that_is_traced_already_is_refused(target: Target, images_root: Path, kind: str) -> None:
-    code = f"import sys; from incdump._uapi import ptrace; ptrace.seize({target.pid}); print('ok'); sys.stdin.read()"
-    command = [sys.executable, "-u", "-c", code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as tracer:
-        read_until(tracer.stdout, b"ok")
-        refused(incdump(kind, "-t", target.pid, "-D", images_root / "1"), 3, str(tracer.pid), "traced")
-        tracer.communicate(b"")
-    assert not (images_root / "1").exists()
-    assert is_untouched(target.pid)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_target_that_exits_in_mid_dump_is_an_error_and_leaves_nothing(
-    big: Target, images_root: Path, kind: str
-) -> None:
-    command = start(kind, "-t", big.pid, "-D", images_root / "1", "-v")
-    read_until(command.stderr, b" dumping\n")
-    command.send_signal(signal.SIGSTOP)
-    big.process.kill()
-    command.send_signal(signal.SIGCONT)
-    done = wait(command)
-    assert done.code == 3, done
-    assert "exited" in done.err.splitlines()[-1]
-    assert not (images_root / "1").exists()
-
-
-# -- another user ----------------------------------------------------------------------------------------------------
-
-
-def test_another_users_process_is_refused(target: Target, as_nobody: dict[str, Any]) -> None:
-    for kind in KINDS:
-        refused(incdump(kind, "-t", target.pid, "-D", "images", **as_nobody), 3, "permission")
-        assert not Path(str(as_nobody["cwd"]), "images").exists()
-    assert is_untouched(target.pid)
-
-
-def test_a_directory_that_may_not_be_written_is_refused(as_nobody: dict[str, Any]) -> None:
-    with _sleeper(as_nobody) as pid:
-        done = incdump("predump", "-t", pid, "-D", "/var/images", **as_nobody)
-        refused(done, 4, "/var/images")
-        assert is_untouched(pid)
-
-
-def test_an_ordinary_user_can_dump_processes_of_its_own(as_nobody: dict[str, Any]) -> None:
-    with _sleeper(as_nobody) as pid:
-        doctor = incdump("doctor", "--json", **as_nobody).json
-        if not doctor["works"]:
-            pytest.skip(f"needs a kernel that lets ordinary users trace: {doctor['limits']}")
-        for kind in KINDS:
-            done = incdump(kind, "-t", pid, "-D", kind, **as_nobody)
-            assert done.code == 0, done
-        assert is_untouched(pid)
-        assert incdump("check", "dump", **as_nobody).code == 0
-        assert incdump("untrack", "--all", **as_nobody).code == 0
-
-
-@contextlib.contextmanager
-def _sleeper(options: dict[str, Any]) -> Iterator[int]:
-    """A process of that user that waits, and may be traced as far as Yama is concerned."""
-    code = "import ctypes, sys; ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(-1)); print(1); sys.stdin.read()"
-    command = [options["python"], "-u", "-c", code]
-    plain = {key: value for key, value in options.items() if key not in ("env", "python")}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **plain) as process:
-        read_until(process.stdout, b"1")
-        yield process.pid
-        process.communicate(b"")
-
-
-# -- directories that cannot be used ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_that_cannot_be_made_is_refused(target: Target, images_root: Path, kind: str) -> None:
-    (images_root / "file").write_text("")
-    refused(incdump(kind, "-t", target.pid, "-D", images_root / "file" / "1"), 4, "file/1")
-    assert is_untouched(target.pid)
-
-
-@pytest.fixture
-def tiny_tmpfs(images_root: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = images_root / "tiny"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "incdump-test", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_is_an_error_that_leaves_nothing(target: Target, tiny_tmpfs: Path, kind: str) -> None:
-    done = incdump(kind, "-t", target.pid, "-D", tiny_tmpfs / "1", "--json")
-    assert done.code == 4, done
-    assert done.json["errno"] == "ENOSPC"
-    assert done.json["error"] == done.error
-    assert list(tiny_tmpfs.iterdir()) == []
-    assert is_untouched(target.pid)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_directory_that_holds_a_dump_is_refused_and_stays_as_it_is(
-    target: Target, images_root: Path, kind: str
-) -> None:
-    assert predump(target, images_root / "1").code == 0
-    before = {path: path.read_bytes() for path in (images_root / "1").iterdir()}
-    refused(incdump(kind, "-t", target.pid, "-D", images_root / "1"), 4, "already holds a dump")
-    assert before == {path: path.read_bytes() for path in (images_root / "1").iterdir()}
-    assert is_untouched(target.pid)
-
-
-# -- parents that cannot be used -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def chain(target: Target, images_root: Path) -> Path:
-    """Three pre-dumps of the target, by content: 1, 2 and 3."""
-    for number in (1, 2, 3):
-        parent = ("--prev-images-dir", f"../{number - 1}") if number > 1 else ()
-        done = predump(target, images_root / str(number), "--tracker", "content", *parent)
-        assert done.code == 0, done
-    return images_root
-
-
-def on_top_of(target: Target, root: Path, parent: str, kind: str) -> Done:
-    return incdump(kind, "-t", target.pid, "-D", root / "new", "--prev-images-dir", parent)
-
-
-def clean(target: Target, root: Path) -> bool:
-    return is_untouched(target.pid) and not (root / "new").exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_parent_that_does_not_exist_is_refused_with_what_may_be_meant(target: Target, chain: Path, kind: str) -> None:
-    refused(on_top_of(target, chain, "../9", kind), 4, "../9", str(chain / "9"))
-    mistaken = incdump(kind, "-t", target.pid, "-D", "new", "--prev-images-dir", "3", cwd=chain)
-    refused(mistaken, 4, "../3")
-    assert clean(target, chain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_unfinished_parent_is_refused(target: Target, chain: Path, kind: str) -> None:
-    (chain / "3" / "inventory.img").unlink()
-    refused(on_top_of(target, chain, "../3", kind), 4, str(chain / "3"), "no finished dump")
-    assert clean(target, chain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_parent_of_another_process_is_refused(target: Target, rewriter: MakeTarget, chain: Path, kind: str) -> None:
-    other = rewriter(mib=1)
-    refused(on_top_of(other, chain, "../3", kind), 4, str(other.pid), str(target.pid))
-    assert clean(other, chain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_parent_of_a_reused_pid_is_refused(target: Target, chain: Path, kind: str) -> None:
-    path = chain / "3" / "incdump.json"
-    meta = json.loads(path.read_text())
-    meta["processes"][str(target.pid)]["start_time"] -= 1
-    path.write_text(json.dumps(meta))
-    refused(on_top_of(target, chain, "../3", kind), 4, str(target.pid), "earlier process")
-    assert clean(target, chain)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_parent_deleted_in_the_middle_of_the_chain_is_refused(target: Target, chain: Path, kind: str) -> None:
-    shutil.rmtree(chain / "2")
-    refused(on_top_of(target, chain, "../3", kind), 4, str(chain / "2"))
-    assert clean(target, chain)
-
-
 # -- check -----------------------------------------------------------------------------------------------------------
-
-
-def test_check_tells_each_damage_with_the_code_for_it(target: Target, chain: Path) -> None:
-    assert incdump("check", chain / "3").code == 0
-    refused(incdump("check", chain / "9"), 4, str(chain / "9"))
-    pages = max((chain / "1").glob("pages-*.img"), key=lambda path: path.stat().st_size)
-    os.truncate(pages, pages.stat().st_size - 4096)
-    refused(incdump("check", chain / "3"), 6, str(pages))
-    assert incdump("check", chain / "3", "--json").json["kind"] == "BadImage"
-    shutil.rmtree(chain / "1")
-    refused(incdump("check", chain / "3"), 6, str(chain / "1"))
-    (chain / "3" / "inventory.img").unlink()
-    refused(incdump("check", chain / "3"), 6, "no finished dump")
 
 
 def test_check_against_finds_a_page_that_was_written_since(target: Target, images_root: Path) -> None:

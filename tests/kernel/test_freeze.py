@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import os
 import random
@@ -12,12 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
 
-from incdump._uapi import ptrace
 from incdump.errors import (
     AlreadyTraced,
     FreezeTimeout,
@@ -29,7 +30,11 @@ from incdump.errors import (
 )
 from incdump.freeze import walk
 from incdump.freeze.seize import Freezer
+from incdump.proc.identity import read_stat
 from tests.kernel.freeze_kit import EINTR, ERRORS, QUIT, Victim, Victims, state, tracer_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.kernel
 
@@ -85,11 +90,15 @@ async def test_leaving_the_block_thaws(victim: START) -> None:
         await freezer.freeze(target.pid)
     is_free(target)
     with pytest.raises(ZeroDivisionError):
-        async with Freezer() as freezer:
-            await freezer.freeze(target.pid)
-            raise ZeroDivisionError
+        await _fail_while_frozen(target)
     is_free(target)
     target.finish()
+
+
+async def _fail_while_frozen(target: Victim) -> None:
+    async with Freezer() as freezer:
+        await freezer.freeze(target.pid)
+        raise ZeroDivisionError
 
 
 @pytest.mark.asyncio
@@ -117,7 +126,7 @@ async def test_a_whole_tree_is_frozen_root_first_and_parents_before_children(vic
         assert frozen.pids[0] == target.pid
         assert runs_nowhere(target)
         for task in frozen.tasks[1:]:
-            parent = int(Path(f"/proc/{task.pid}/stat").read_text().rpartition(")")[2].split()[1])
+            parent = read_stat(task.pid).ppid
             assert parent in frozen.pids[: frozen.pids.index(task.pid)]
         await freezer.thaw()
         assert all(tracer_of(pid) == 0 for pid in frozen.pids)
@@ -215,6 +224,17 @@ async def test_killed_the_tree_is_gone(victim: START) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_frozen_child_of_our_own_is_not_taken_for_dead(victim: START) -> None:
+    target = victim("busy", 2)
+    async with Freezer() as freezer:
+        await freezer.freeze(target.pid)
+        assert target.popen.poll() is None
+        await freezer.thaw()
+    assert target.popen.poll() is None
+    target.finish()
+
+
+@pytest.mark.asyncio
 async def test_signals_are_delivered_exactly_once(victim: START) -> None:
     target = victim("signals")
     sent = 0
@@ -239,14 +259,13 @@ async def test_signals_are_delivered_exactly_once(victim: START) -> None:
 async def test_signals_that_meet_the_seizing_are_delivered_exactly_once(victim: START) -> None:
     target = victim("signals")
     stop = threading.Event()
-    sent = 0
+    sent = [0]
 
     def send() -> None:
-        nonlocal sent
         while not stop.is_set():
-            _queue(target.pid, sent + 1)
-            sent += 1
-            target.wait_until(lambda: target.value(1) >= sent - 50)
+            _queue(target.pid, sent[0] + 1)
+            sent[0] += 1
+            target.wait_until(lambda: target.value(1) >= sent[0] - 50)
 
     sender = threading.Thread(target=send)
     sender.start()
@@ -258,14 +277,12 @@ async def test_signals_that_meet_the_seizing_are_delivered_exactly_once(victim: 
     finally:
         stop.set()
         sender.join()
-    target.wait_until(lambda: target.value(1) == sent)
+    target.wait_until(lambda: target.value(1) == sent[0])
     target.finish()
 
 
 def _queue(pid: int, value: int) -> None:
     """sigqueue(3) of the first realtime signal."""
-    import ctypes
-
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
 
@@ -408,6 +425,15 @@ async def test_a_target_killed_while_frozen_can_be_thawed(victim: START) -> None
     assert target.popen.wait(10) == -signal.SIGKILL
 
 
+@contextmanager
+def zombie() -> Iterator[int]:
+    """A child that has exited, not reaped yet."""
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    yield child.pid
+    child.wait()
+
+
 @pytest.mark.asyncio
 async def test_what_cannot_be_frozen_is_refused_with_its_reason(victim: START) -> None:
     async with Freezer() as freezer:
@@ -419,11 +445,8 @@ async def test_what_cannot_be_frozen_is_refused_with_its_reason(victim: START) -
             await freezer.freeze(os.getppid())
         with pytest.raises((TargetUnsuitable, TargetDenied)):
             await freezer.freeze(2)
-        child = subprocess.Popen(["true"])
-        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(TargetUnsuitable, match="zombie"):
-            await freezer.freeze(child.pid)
-        child.wait()
+        with zombie() as child, pytest.raises(TargetUnsuitable, match="zombie"):
+            await freezer.freeze(child)
         assert tracer_of(os.getppid()) == 0
 
 
@@ -544,8 +567,6 @@ def _end_wait(target: Victim, call: str) -> None:
     if call in ENDLESS:
         os.write(target.popen.stdin.fileno(), b"x")
     elif call == "futex":
-        import ctypes
-
         # the word lies in memory that we share: FUTEX_WAKE
         target.set(14, 0)
         libc = ctypes.CDLL(None, use_errno=True)
@@ -555,7 +576,3 @@ def _end_wait(target: Victim, call: str) -> None:
         target.set(14, 1)
     else:
         os.kill(target.pid, signal.SIGUSR1)
-
-
-def test_the_tracing_modules_are_for_linux_ptrace_alone() -> None:
-    assert ptrace.PTRACE_EVENT_STOP == 128

@@ -113,6 +113,11 @@ def test_a_hole_is_skipped_at_once_not_page_by_page(monkeypatch: pytest.MonkeyPa
     """
     asked: list[int] = []
     real = memory.query_vma
+    with open("/proc/self/maps", "rb") as maps:
+        try:
+            real(maps.fileno(), 0)
+        except OSError:
+            pytest.skip("this kernel has no PROCMAP_QUERY")
 
     def counted(fd: int, address: int) -> tuple[int, int] | None:
         asked.append(address)
@@ -123,8 +128,6 @@ def test_a_hole_is_skipped_at_once_not_page_by_page(monkeypatch: pytest.MonkeyPa
         found, failed = read(target, runs_at(target.told["base"], (0, 2000)))
         assert failed.tolist() == runs_at(target.told["base"], (10, 1910)).tolist()
         assert (found == expected((0, 2000), missing=frozenset(range(10, 1910)))).all()
-    if len(asked) == 1900:
-        pytest.skip("this kernel has no PROCMAP_QUERY")
     assert len(asked) == 1
 
 

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -398,15 +400,25 @@ def test_a_target_that_has_called_exec_is_an_error(reader: type[PagemapReader]) 
             list(reader().windows(fd, vmas))
 
 
-def test_a_reader_may_be_used_twice_at_once() -> None:
-    with victim(LAYOUT) as target, pagemap_of(target.pid) as fd:
+@pytest.mark.parametrize("kind", READERS, ids=lambda kind: kind.name)
+def test_a_reader_may_be_used_by_many_threads_at_once(kind: type[PagemapReader]) -> None:
+    with victim(MANY.format(gap=True)) as target, pagemap_of(target.pid) as fd:
         vmas = private_vmas(target.pid)
-        for kind in READERS:
-            reader = kind()
-            alone = pages_of(list(reader.windows(fd, vmas)))
-            both = list(zip(reader.windows(fd, vmas), reader.windows(fd, vmas), strict=True))
-            assert pages_of([first for first, _ in both]) == alone
-            assert pages_of([second for _, second in both]) == alone
+        parts = [vmas.select(np.arange(len(vmas)) % 4 == nth) for nth in range(4)]
+        reader = kind()
+        alone = [np.concatenate([w.regions for w in reader.windows(fd, part)]) for part in parts]
+        start = threading.Barrier(4)
+
+        def again(nth: int) -> bool:
+            start.wait()
+            for _ in range(30):
+                found = np.concatenate([w.regions for w in reader.windows(fd, parts[nth])])
+                if not np.array_equal(found, alone[nth]):
+                    return False
+            return True
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(again, range(4))) == [True] * 4
 
 
 def test_auto_is_the_scan_where_the_kernel_has_it() -> None:

@@ -21,6 +21,8 @@ FAR = 0x7FFFF7DD0
 HALF = 24
 END = FAR + 4 * HALF
 """Beyond every page that is drawn."""
+MANY = 1 << 32
+"""More bytes than any test tells page by page: a wrong answer is not to fill the machine's memory."""
 
 Table = NDArray[np.uint64]
 
@@ -70,6 +72,7 @@ def pages_of(runs: Table) -> set[int]:
     rows = runs.tolist()
     assert all(lo % PAGE == 0 and hi % PAGE == 0 and lo < hi for lo, hi in rows), rows
     assert all(a[1] < b[0] for a, b in pairwise(rows)), f"touching or out of order: {rows}"
+    assert sum(hi - lo for lo, hi in rows) <= MANY, "too many pages to be right"
     return {page for lo, hi in rows for page in range(lo // PAGE, hi // PAGE)}
 
 
@@ -93,6 +96,7 @@ def categories_of(regions: Table) -> dict[int, int]:
     rows = regions.tolist()
     assert all(lo % PAGE == 0 and hi % PAGE == 0 and lo < hi for lo, hi, _ in rows), rows
     assert all(a[1] <= b[0] for a, b in pairwise(rows)), f"overlapping or out of order: {rows}"
+    assert sum(hi - lo for lo, hi, _ in rows) <= MANY, "too many pages to be right"
     return {page: bits for lo, hi, bits in rows for page in range(lo // PAGE, hi // PAGE)}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from incdump.errors import BadImage, NoSuchTarget, TargetExited
@@ -208,6 +208,7 @@ class TestMm:
         vmas = parse_maps(b"7ffc1000-7ffc3000 rw-p 00000000 00:00 0    [stack]\n")
         assert decode_mm(encode_mm(INFO, vmas, mapped(vmas)), "x").vmas[0].flags == 0x122
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(*[st.integers(0, (1 << 64) - 1)] * 3, st.integers(0, 7), st.booleans()), max_size=30))
     def test_columns_are_encoded_as_protobuf_encodes_entries(self, rows: list[tuple[int, int, int, int, bool]]) -> None:
         vmas = vma_table(
@@ -306,6 +307,25 @@ class TestFiles:
         (entry,) = decode_files(table.encode_files(), "x")
         assert entry.reg.name == b"/no/such/file"
         assert not entry.reg.HasField("size")
+
+    def test_another_file_of_that_name_is_not_described(self, tmp_path: Path) -> None:
+        path = tmp_path / "replaced"
+        path.write_bytes(bytes(4096))
+        inode = path.stat().st_ino
+        for number, size in ((inode, True), (inode + 1, False)):
+            vmas = vma_table({"kind": VmaKind.FILE_PRIVATE, "inode": number, "name": str(path), "start": 0x10000})
+            table = FileTable()
+            files = table.add_process(os.getpid(), vmas)
+            entries = {entry.id: entry for entry in decode_files(table.encode_files(), "x")}
+            assert entries[int(files.shmid[0])].reg.HasField("size") is size
+
+    def test_anonymous_huge_pages_are_no_file(self) -> None:
+        vmas = vma_table(
+            {"kind": VmaKind.HUGETLB, "inode": 5, "name": "/anon_hugepage (deleted)"},
+            {"kind": VmaKind.HUGETLB, "inode": 6, "name": "/dev/hugepages/x"},
+        )
+        files = FileTable().add_process(1 << 22, vmas)
+        assert files.is_file.tolist() == [False, True]
 
     def test_a_memfd_is_a_memfd_and_shared_memory_one_called_dev_zero(self) -> None:
         fd = os.memfd_create("segment", os.MFD_ALLOW_SEALING)

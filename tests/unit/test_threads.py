@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from random import Random
 
 import anyio
+import anyio.to_thread
 import pytest
 
 from incdump.engine.threads import in_thread
@@ -185,6 +186,26 @@ async def test_cancelled_at_once_the_function_never_begins() -> None:
     call.cancel()
     await call.cancelled()
     await in_thread(lambda: None)
+    assert not call.work.began.is_set()
+
+
+@pytest.mark.asyncio
+async def test_a_thread_that_comes_late_to_a_cancelled_call_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread has the call already, and has only not got round to it yet."""
+    handed_over: list[Callable[[], object]] = []
+
+    async def run_sync(function: Callable[[], object], **_: object) -> None:
+        handed_over.append(function)
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(anyio.to_thread, "run_sync", run_sync)
+    call = Cancelling("task")
+    call.work.go_on.set()
+    await turns(3)
+    call.cancel()
+    await call.cancelled()
+    with suppress(RuntimeError):
+        handed_over[0]()
     assert not call.work.began.is_set()
 
 

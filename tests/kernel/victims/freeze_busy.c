@@ -1,5 +1,5 @@
 /* Threads that check themselves: their registers, flags and vector registers; and blocking calls that must neither fail
- * nor lose a wakeup. argv[2]: how many threads compute. */
+ * nor lose a wakeup. argv[2]: how many threads compute. argv[3], if there: descriptors may appear. */
 #include "freeze_board.h"
 #include <linux/futex.h>
 #include <poll.h>
@@ -172,7 +172,7 @@ int main(int argc, char **argv)
         if (nanosleep(&second, NULL))
             wrong("nanosleep of main");
         int fd = dup(0); /* the lowest free descriptor is always the same one, but for the moment of an injection */
-        if (fd < fds || fd > fds + 1)
+        if (argc < 4 && (fd < fds || fd > fds + 1))
             wrong("a descriptor is left behind");
         close(fd);
         add(&board->value[2], 1);

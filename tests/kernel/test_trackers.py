@@ -1,0 +1,536 @@
+"""When a tracker's answer may be trusted, and what takes its place when it may not.
+
+Every test ends with the oracle's word on every page (`Chain.prove`): a fallback that is taken too late shows there as a
+wrong page.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import incdump
+from incdump.errors import ParentMismatch, TrackerLost
+from incdump.model.options import DumpOptions
+from tests.kernel.support import (
+    Chain,
+    Odd,
+    carry_on,
+    kill_holder,
+    require_root,
+    require_tracker,
+    same_when_stopped,
+    swap_file,
+    watched_vmas,
+)
+from tests.targets import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.targets.build import Target
+
+pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
+
+READERS = ("scan", "cache")
+MADV_DONTNEED, MADV_PAGEOUT, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 21, 14, 25
+
+
+@pytest.fixture(autouse=True)
+def _uffd_wp() -> None:
+    require_tracker("uffd-wp")
+
+
+@pytest.fixture
+def odd() -> Iterator[Odd]:
+    """A victim that makes unusual memory."""
+    with Odd() as target:
+        yield target
+
+
+async def rounds(odd: Odd, root: Path, *commands: str, reader: str = "scan") -> Chain:
+    """A chain with a pre-dump before each of the commands, and one after the last."""
+    chain = Chain(odd, root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    await chain.predump()
+    for command in commands:
+        odd.do(command)
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+    return chain
+
+
+def told(chain: Chain) -> str:
+    """The last round's warnings."""
+    return "\n".join(chain.last.warnings)
+
+
+# --- generations -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_parent_of_another_generation_makes_a_full_dump_and_a_warning(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    first = await chain.predump()
+    odd.do(f"poke {address} 32 7")
+    await chain.predump(parent=None)
+    odd.do(f"poke {address} 16 9")
+    late = await chain.predump(parent=os.path.relpath(first.images_dir, chain.root / "x"))
+    assert not late.incremental
+    assert late.stats.pages_skipped_parent == 0
+    assert "all of it is dumped" in told(chain)
+    await chain.prove()
+    assert chain.last.incremental
+    assert not chain.last.warnings
+
+
+async def test_require_incremental_refuses_a_parent_of_another_generation(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root)
+    first = await chain.predump()
+    await chain.predump()
+    strict = DumpOptions(require_incremental=True)
+    with pytest.raises(TrackerLost) as caught:
+        await chain.predump(strict, parent=first.images_dir)
+    assert caught.value.pid == odd.pid
+    assert len(list(images_root.iterdir())) == 2
+    assert (await chain.predump(strict)).incremental  # what was taken for the refused one was given back
+    await chain.prove(strict)
+
+
+async def test_a_lost_holder_makes_a_full_dump_and_a_warning(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    kill_holder()
+    assert watched_vmas(odd.pid) == []
+    await chain.predump()
+    assert not chain.last.incremental
+    assert "all of it is dumped" in told(chain)
+    await chain.prove()
+    assert chain.last.incremental
+
+
+async def test_trackers_may_change_along_a_chain(churn: Callable[..., Target], images_root: Path) -> None:
+    target = churn(seed=51, threads=2, mib=4, free_run=True, dirty_rate=20000)
+    chain = Chain(target, images_root)
+    for tracker in ("uffd-wp", "content", "uffd-wp", "uffd-wp", "content", "content"):
+        await chain.predump(DumpOptions(tracker=tracker))  # type: ignore[arg-type]
+    assert [r.incremental for r in chain.rounds] == [False, False, False, True, False, True]
+    await chain.prove(DumpOptions(tracker="uffd-wp"))
+    await chain.prove(DumpOptions(tracker="content"))
+
+
+async def test_the_content_tracker_is_not_led_astray_by_a_write_protection_beside_it(
+    odd: Odd, images_root: Path
+) -> None:
+    """One chain by content, with another by uffd-wp in between, whose scans reset what the kernel calls written."""
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    by_content = Chain(odd, images_root / "a", DumpOptions(tracker="content", pagemap="scan"))
+    by_uffd = Chain(odd, images_root / "b", DumpOptions(tracker="uffd-wp"))
+    await by_uffd.predump()
+    await by_content.predump()
+    odd.do(f"poke {address} 64 5")
+    await by_uffd.predump()
+    await by_content.predump()
+    assert same_when_stopped(odd, by_content.last.images_dir).ok
+    await by_content.prove()
+    await by_uffd.prove()
+
+
+# --- the target becomes another ------------------------------------------------------------------------------------
+
+
+async def test_exec_between_rounds_starts_tracking_anew(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    assert odd.command("exec") == f"ready {odd.pid}"
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 2")
+    await chain.predump()
+    assert not chain.last.incremental
+    assert chain.last.warnings
+    assert watched_vmas(odd.pid)
+    odd.do(f"poke {address} 3 1")
+    await chain.predump()
+    assert chain.last.incremental
+    assert chain.last.stats.pages_written < 64
+    await chain.prove()
+
+
+async def test_exec_between_rounds_of_a_session_starts_tracking_anew(odd: Odd, images_root: Path) -> None:
+    async with incdump.Session(odd.pid) as session:
+        chain = Chain(odd, images_root, session=session)
+        await chain.predump()
+        odd.command("exec")
+        await chain.predump()
+        assert not chain.last.incremental
+        await chain.predump()
+        assert chain.last.incremental
+        await chain.prove()
+
+
+async def test_exec_before_a_dump_of_the_frozen_process_is_noticed(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    odd.command("exec")
+    await chain.prove()
+    assert not chain.last.incremental
+    assert chain.last.warnings
+
+
+async def test_require_incremental_refuses_after_exec(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root, DumpOptions(require_incremental=True))
+    await chain.predump()
+    odd.command("exec")
+    for call in (chain.predump, chain.dump):
+        with pytest.raises(TrackerLost):
+            await call()
+
+
+async def test_a_parent_of_an_earlier_process_with_the_same_pid_is_refused(odd: Odd, images_root: Path) -> None:
+    require_root()
+    (child,) = odd.do("fork")
+    await incdump.predump(child, images_root / "1")
+    odd.do(f"reap {child}")
+    assert odd.do(f"forkat {child}") == [child]
+    # Two processes of one pid can be told apart when their start times can: 10 ms.
+    for call in (incdump.predump, incdump.dump):
+        with pytest.raises(ParentMismatch, match="earlier process"):
+            await call(child, images_root / "2", parent="../1")
+    assert [path.name for path in images_root.iterdir()] == ["1"]
+    await incdump.predump(child, images_root / "2")
+
+
+async def test_a_child_with_the_pid_of_an_earlier_one_is_dumped_whole(odd: Odd, images_root: Path) -> None:
+    require_root()
+    (child,) = odd.do("fork")
+    (address, _) = odd.do("anon 64")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    odd.do(f"reap {child}")
+    odd.do(f"fill {address} 64 2")
+    odd.do(f"forkat {child}")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()
+    assert chain.last.pids == [odd.pid, child]
+
+
+async def test_children_come_and_go(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    (one,) = odd.do("fork")
+    odd.do(f"poke {address} 64 2")
+    await chain.predump()
+    assert set(chain.last.pids) == {odd.pid, one}
+    (two,) = odd.do("fork")
+    odd.do(f"reap {one}")
+    await chain.predump()
+    assert set(chain.last.pids) == {odd.pid, two}
+    assert not chain.last.warnings
+    await chain.prove()
+    assert not (Path(chain.last.images_dir) / f"pagemap-{one}.img").exists()
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_processes_that_share_their_memory(odd: Odd, images_root: Path, reader: str) -> None:
+    """Two processes, one address space: what one's scan clears must not count as unwritten for the other."""
+    (child,) = odd.do("clonevm")
+    addresses = [odd.do("anon 32")[0]]
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    for turn in range(4):
+        addresses.append(odd.do("anon 32")[0])
+        for address in addresses:
+            odd.do(f"fill {address} 32 {turn}")
+        await chain.predump()
+        report = same_when_stopped(odd, chain.last.images_dir)
+        assert report.ok, report
+    await chain.prove()
+    assert set(chain.last.pids) == {odd.pid, child}
+    odd.do(f"reap {child}")
+    await chain.prove()
+
+
+async def test_a_child_in_vfork(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    (address, _) = odd.do("anon 32")
+    odd.do("vfork")
+    (child,) = build.descendants(odd.pid)
+    for turn in range(3):
+        odd.do(f"fill {address} 32 {turn}")
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+    assert child in chain.last.pids
+    await chain.prove()
+    os.kill(child, signal.SIGKILL)
+    await chain.prove()
+
+
+# --- mappings that are not ours ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_memory_of_the_targets_own_userfaultfd_is_dumped_right_and_left_alone(
+    odd: Odd, images_root: Path, reader: str
+) -> None:
+    """The target tracks its own writes in the same way: neither may disturb the other."""
+    (low, _), (own, _), (high, _) = odd.do("anon 16"), odd.do("anon 64"), odd.do("anon 16")
+    for address, pages in ((low, 16), (own, 64), (high, 16)):
+        odd.do(f"fill {address} {pages} 1")
+    odd.do(f"uffd {own} 64")
+    assert odd.do(f"written {own} 64") == [64]
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    await chain.predump()
+    odd.do(f"poke {own} 5 3")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    assert odd.do(f"written {own} 64") == [5]  # the target's scan resets what a scan of ours would call written
+    odd.do(f"poke {own} 7 4")
+    assert odd.do(f"written {own} 64") == [7]
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    assert chain.last.stats.pages_untracked > 0 or chain.last.stats.pages_compared > 0
+    odd.do(f"poke {own} 9 5")
+    await chain.prove()
+    assert odd.do(f"written {own} 64") == [9]
+
+
+async def test_aio_rings_are_dumped_whole(odd: Odd, images_root: Path) -> None:
+    odd.do("aio")
+    chain = await rounds(odd, images_root, "ping")
+    await chain.prove()
+
+
+async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> None:
+    require_root()
+    with huge_pages(4):
+        (address, _) = odd.do("hugetlb 1024")
+        odd.do(f"fill {address} 600 1")
+        chain = await rounds(odd, images_root, f"poke {address} 3 1", f"poke {address} 300 2")
+        assert chain.last.stats.pages_written >= 1024
+        await chain.prove()
+        odd.do(f"unmap {address} 1024")
+
+
+class huge_pages:  # noqa: N801 - a context
+    """Reserve huge pages for as long as the context lasts."""
+
+    path = Path("/proc/sys/vm/nr_hugepages")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> None:
+        self.before = self.path.read_text()
+        self.path.write_text(str(int(self.before) + self.count))
+        if int(self.path.read_text()) < int(self.before) + self.count:
+            self.__exit__()
+            pytest.skip("no hugetlb pages can be reserved")
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.path.write_text(self.before)
+
+
+# --- writes that nobody sees ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracker", ["auto", "content"])
+async def test_io_uring_fixed_buffers_are_compared_by_content(odd: Odd, images_root: Path, tracker: str) -> None:
+    (address, _), (file,) = odd.do("anon 64"), odd.do("direct 64")
+    odd.do(f"fill {address} 64 1")
+    odd.do(f"uring {address} 64")
+    odd.do(f"close {file}")
+    (plain, fd) = odd.do("file 64")
+    chain = Chain(odd, images_root, DumpOptions(tracker=tracker))  # type: ignore[arg-type]
+    await chain.predump()
+    assert ("io_uring" in told(chain)) == (tracker == "auto")
+    odd.do(f"fixed {fd} {address} 8")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    assert chain.last.incremental
+    odd.do(f"fixed {fd} {address} 16")
+    await chain.prove()
+    assert chain.last.stats.pages_skipped_parent > 0
+    assert odd.do(f"peek {plain}") is not None
+
+
+async def test_an_open_o_direct_file_leaves_the_process_to_content(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    (file,) = odd.do("direct 32")
+    odd.do(f"pread {file} {address} 32")
+    await chain.predump()
+    assert "O_DIRECT" in told(chain)
+    assert not chain.last.incremental
+    await chain.predump()
+    assert chain.last.incremental  # by content
+    assert chain.last.stats.pages_compared
+    odd.do(f"pread {file} {address + 4096 * 32} 32")
+    odd.do(f"close {file}")
+    await chain.predump()  # the tracker again: of all this it knows nothing
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()
+    assert chain.last.incremental
+
+
+async def test_a_tracker_that_was_passed_over_for_a_round_is_not_trusted_for_it(odd: Odd, images_root: Path) -> None:
+    """uffd-wp, then content because of an open file, then uffd-wp against the *first*: its answer is older than that."""
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    first = await chain.predump()
+    (file,) = odd.do("direct 32")
+    await chain.predump()
+    odd.do(f"pread {file} {address} 32")
+    odd.do(f"close {file}")
+    await chain.predump(parent=first.images_dir)
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()
+
+
+# --- pages in unusual states ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_discarded_pages_of_a_private_file_mapping_are_the_files_again(
+    odd: Odd, images_root: Path, reader: str
+) -> None:
+    """Their markers look like pages that are swapped out and were not written: they must not become holes."""
+    (address, _) = odd.do("file 64")
+    odd.do(f"fill {address} 48 1")
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    await chain.predump()
+    odd.do(f"advise {address} 32 {MADV_DONTNEED}")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    odd.do(f"read {address} 16")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    odd.do(f"poke {address} 8 1")
+    await chain.predump()
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_moved_mappings_are_dumped_anew(odd: Odd, images_root: Path, reader: str) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    await chain.predump()
+    for turn in range(3):
+        odd.do(f"at {address + (1 << 30)} 64 0")  # where it was before, there is something else by the next round
+        (moved,) = odd.do(f"move {address} 64")
+        odd.do(f"at {address} 64 0")
+        odd.do(f"fill {address} 32 {turn + 10}")
+        odd.do(f"poke {moved} 5 {turn}")
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+        odd.do(f"unmap {address} 64")
+        odd.do(f"move {moved} 64")
+        odd.do(f"at {moved} 64 0")
+        odd.do(f"fill {moved} 64 {turn + 20}")
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+        address = moved
+    await chain.prove()
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_swapped_out_pages(odd: Odd, images_root: Path, reader: str) -> None:
+    require_root()
+    (address, _), (file, _) = odd.do("anon 256"), odd.do("file 64")
+    odd.do(f"fill {address} 256 1")
+    odd.do(f"fill {file} 32 1")
+    chain = Chain(odd, images_root / "chain", DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    with swap_file(images_root):
+        odd.do(f"advise {address} 128 {MADV_PAGEOUT}")
+        odd.do(f"advise {file} 64 {MADV_PAGEOUT}")
+        assert swapped(odd.pid) > 100
+        await chain.predump()
+        odd.do(f"advise {address} 192 {MADV_PAGEOUT}")
+        odd.do(f"advise {file} 64 {MADV_PAGEOUT}")
+        await chain.predump()
+        assert chain.last.stats.pages_skipped_parent > 128
+        odd.do(f"poke {address} 20 3")
+        odd.do(f"advise {address} 256 {MADV_PAGEOUT}")
+        assert swapped(odd.pid) > 200
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+        odd.do(f"poke {address} 10 4")
+        odd.do(f"advise {address} 64 {MADV_PAGEOUT}")
+        await chain.prove()
+
+
+def swapped(pid: int) -> int:
+    """Pages of a process that are in swap."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmSwap:"):
+            return int(line.split()[1]) // 4
+    return 0
+
+
+async def test_transparent_huge_pages(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 2048")
+    aligned = (address + (2 << 20) - 1) & -(2 << 20)
+    odd.do(f"fill {aligned} 512 1")
+    odd.do(f"advise {aligned} 1024 {MADV_HUGEPAGE}")
+    odd.do(f"advise {aligned} 512 {MADV_COLLAPSE}")
+    odd.do(f"fill {aligned + (2 << 20)} 512 2")
+    chain = await rounds(odd, images_root, f"poke {aligned} 1 1", f"poke {aligned + (2 << 20)} 3 1")
+    assert chain.last.stats.pages_written < 100
+    odd.do(f"advise {aligned + (2 << 20)} 256 {MADV_DONTNEED}")
+    await chain.prove()
+
+
+async def test_a_target_that_may_not_call_userfaultfd_is_compared_by_content(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    odd.do("seccomp errno")
+    chain = await rounds(odd, images_root, f"poke {address} 3 1", f"poke {address} 5 1")
+    assert "cannot be tracked" in told(chain)
+    assert chain.last.incremental
+    assert chain.last.stats.pages_compared > 0
+    assert chain.last.stats.pages_written < 64
+    await chain.prove()
+
+
+async def test_a_target_that_would_be_killed_for_userfaultfd_lives(odd: Odd, images_root: Path) -> None:
+    require_root()
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    odd.do("seccomp kill")
+    chain = await rounds(odd, images_root, f"poke {address} 3 1")
+    await chain.prove()
+    odd.do("ping")
+
+
+async def test_a_stopped_target_is_dumped_and_stays_stopped(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    os.kill(odd.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, odd.pid, os.WSTOPPED | os.WNOWAIT)
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    await chain.predump()
+    assert chain.last.incremental
+    await chain.dump()
+    await incdump.check_against(chain.last.images_dir, odd.pid)
+    assert Path(f"/proc/{odd.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    carry_on([odd.pid])
+    odd.do("ping")
+
+
+async def test_a_32_bit_target_is_compared_by_content() -> None:
+    pytest.skip("there is no 32-bit program on x86_64 machines without gcc -m32")
