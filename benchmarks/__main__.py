@@ -1,6 +1,6 @@
 """Measure incdump, and say which targets it reaches.
 
-    python -m benchmarks                        everything; some 15 GiB of memory, 5 GiB of disk, a few minutes
+    python -m benchmarks                        everything; some 10 GiB of memory, 5 GiB of disk, a few minutes
     python -m benchmarks readers full           only these
     python -m benchmarks --mib 64 --rounds 3    small
 

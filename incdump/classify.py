@@ -5,7 +5,8 @@ are CRIU's (which pages belong to a process) and the invariants (when a page may
 
 - A page belongs in the images if it is present or swapped out, in private memory, and neither the zero page, nor a
   file's own page, nor a guard page. In mappings that are dumped whole (the vDSO, AIO rings) every page does.
-- It is a hole only if its mapping is watched, it was not written since the parent dump, and the parent's pagemap has it.
+- It is a hole only if its mapping is watched, it was not written since the parent dump, and the parent's pagemap has
+  it.
 - A swapped-out page in a private *file* mapping is never a hole: what looks like one can be the marker that write
   protection leaves behind when such a page is discarded (MADV_DONTNEED), and then the page is the file's again.
 """

@@ -1,7 +1,7 @@
 """The page pipe: pages to be written, cut into chunks for the writers.
 
-A chunk is at most `CHUNK_PAGES` pages, and so at most `CHUNK_IOVECS` runs (the most that one process_vm_readv(2) takes).
-Its place in the pages image is fixed here, so that writers may finish in any order:
+A chunk is at most `CHUNK_PAGES` pages, and so at most `CHUNK_IOVECS` runs (the most that one process_vm_readv(2)
+takes). Its place in the pages image is fixed here, so that writers may finish in any order:
 
     entries          [A: 3 pages] [hole] [B: 1 page] [C: 5000 pages]
     pages image      |A A A B C C C C ... C|C C C C ... |

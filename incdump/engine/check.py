@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,13 +96,13 @@ def check(images_dir: str | os.PathLike[str]) -> ChainReport:
     return check_chain(ImagesDir(images_dir))
 
 
-async def check_against(images_dir: str | os.PathLike[str], pid: int, *, timeout: float = 10.0) -> AgainstReport:
+async def check_against(images_dir: str | os.PathLike[str], pid: int, *, freeze_timeout: float = 10.0) -> AgainstReport:
     """Freeze a process tree and compare every page of it with the images. It is let go afterwards as it was.
 
     The images are expected to be of this very moment: a tree that was left stopped after ``incdump dump``.
 
     :param pid: the root of the tree.
-    :param timeout: seconds to wait for every thread to stop.
+    :param freeze_timeout: seconds to wait for every thread to stop.
     :raises incdump.errors.ImagesError: the chain is broken.
     :raises incdump.errors.TargetError: the process cannot be looked at.
     """
@@ -111,7 +112,7 @@ async def check_against(images_dir: str | os.PathLike[str], pid: int, *, timeout
     if images.pagemap(root.vpid) is None:
         held = ", ".join(map(str, images.pids()[:5])) or "none"
         raise ParentMismatch(f"{images.path} holds no process {root.vpid} (but {held})", pid=pid, path=images.path)
-    async with Freezer(timeout=timeout) as freezer:
+    async with Freezer(timeout=freeze_timeout) as freezer:
         await freezer.freeze(pid)
         return await in_thread(_compare_tree, images, pid)
 
@@ -134,7 +135,8 @@ def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
         try:
             held = entry_runs(entries)
             where = f"shared memory {segment.name}"
-            _compare(held, lambda runs, out: images.read_shmem_pages(segment.id, runs, out), source.read_into, where, report)
+            read_images = partial(images.read_shmem_pages, segment.id)
+            _compare(held, read_images, source.read_into, where, report)
             _look_for_missing(subtract(source.populated(), held), source.read_into, where, report)
         finally:
             source.close()
@@ -148,7 +150,7 @@ def _compare_process(images: ImagesDir, pid: int, vpid: int, vmas: VmaTable, rep
         mapped = canonical(vmas.spans(~vmas.of_kind(VmaKind.VVAR, VmaKind.VSYSCALL, VmaKind.DEVICE)))
         report.pages_stray += report.note("is in the images only", where, subtract(held, mapped), vmas)
         both = intersect(held, mapped)
-        _compare(both, lambda runs, out: images.read_pages(vpid, runs, out), memory.read_into, where, report, vmas)
+        _compare(both, partial(images.read_pages, vpid), memory.read_into, where, report, vmas)
         missing = subtract(_payload(pid, vmas), held)
         _look_for_missing(missing, memory.read_into, where, report, vmas)
 
@@ -208,5 +210,3 @@ def _look_for_missing(
         used = buffer[:size].reshape(-1, PAGE_SIZE).any(1)
         lost = subtract(runs_of_pages(page_addresses(batch)[used]), failed)
         report.pages_missing += report.note("is missing", where, lost, vmas)
-
-

@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from incdump.engine.pipeline import PageOwner
     from incdump.freeze.seize import Frozen
     from incdump.holder.client import Keeper
-    from incdump.proc.tree import Task
 
 Kind = Literal["pre-dump", "dump"]
 
@@ -299,7 +298,8 @@ class DumpRun:
             return
         if process.task.pid != self._pid and self._parent.process(process.task) is None:
             return  # a process that is new since the parent
-        why = f"the tracker ({self._tracker}) cannot tell what process {process.task.pid} wrote since {self._parent.path}"
+        since = f"what process {process.task.pid} wrote since {self._parent.path}"
+        why = f"the tracker ({self._tracker}) cannot tell {since}"
         if self._options.require_incremental:
             raise TrackerLost(f"{why}; dump without --prev-images-dir", pid=process.task.pid, path=self._parent.path)
         self._warn(f"{why}: all of it is dumped")

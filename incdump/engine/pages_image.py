@@ -138,7 +138,5 @@ def merge_entries(entries: Entries) -> Entries:
     ends = entries[:, 0] + (entries[:, 1] << np.uint64(PAGE_SHIFT))
     new = np.concatenate(([True], (entries[1:, 0] != ends[:-1]) | (entries[1:, 2] != entries[:-1, 2])))
     starts = np.flatnonzero(new)
-    last = ends[np.append(starts[1:], len(entries)) - 1]
-    return np.stack((entries[starts, 0], (last - entries[starts, 0]) >> np.uint64(PAGE_SHIFT), entries[starts, 2]), axis=1)
-
-
+    sizes = ends[np.append(starts[1:], len(entries)) - 1] - entries[starts, 0]
+    return np.stack((entries[starts, 0], sizes >> np.uint64(PAGE_SHIFT), entries[starts, 2]), axis=1)

@@ -1,9 +1,9 @@
 """One process of a dump: its mappings, what becomes of their pages, its image.
 
 What was written is the business of its `incdump.engine.watch.Watch`; this is the `PageOwner` of
-`incdump.engine.pipeline`. The engine calls, in this order: `prepare`; `freeze`, if the tree is frozen; then the pipeline
-`windows`, `classify`, `chunks` and `write`; then `finish`; and at last, when the images dir is complete, `commit`, or
-whatever happened `give_back`.
+`incdump.engine.pipeline`. The engine calls, in this order: `prepare`; `freeze`, if the tree is frozen; then the
+pipeline `windows`, `classify`, `chunks` and `write`; then `finish`; and at last, when the images dir is complete,
+`commit`, or whatever happened `give_back`.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class SegmentDump:
         file = self.segment.open()
         if file is None:
             self._means.warn(
-                f"shared memory {self.segment.name} cannot be opened (no CAP_SYS_ADMIN): it is read through its mappings"
+                f"shared memory {self.segment.name} cannot be opened (no CAP_SYS_ADMIN): read through its mappings"
             )
             self._source = MappedSegment(self.segment)
         else:

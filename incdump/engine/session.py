@@ -56,7 +56,7 @@ class Session:
         self,
         images_dir: str | os.PathLike[str],
         *,
-        parent: str | os.PathLike[str] | None | object = _LAST,
+        parent: str | os.PathLike[str] | object | None = _LAST,
         progress: Callable[[str, DumpStats], None] | None = None,
     ) -> DumpResult:
         """A pre-dump, as `incdump.predump`.
@@ -70,7 +70,7 @@ class Session:
         self,
         images_dir: str | os.PathLike[str],
         *,
-        parent: str | os.PathLike[str] | None | object = _LAST,
+        parent: str | os.PathLike[str] | object | None = _LAST,
         options: DumpOptions | None = None,
         progress: Callable[[str, DumpStats], None] | None = None,
     ) -> DumpResult:

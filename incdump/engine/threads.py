@@ -1,8 +1,9 @@
 """Blocking work in worker threads, such that nothing is ever still running behind one's back.
 
-`anyio.to_thread.run_sync` waits for its thread when an anyio cancel scope ends it, but not when the task is cancelled by
-asyncio's own ``task.cancel()`` (``asyncio.wait_for``, ``asyncio.timeout``): the await ends, and the thread goes on, with
-descriptors that are about to be closed and pages taken from a tracker that nobody has noted. `in_thread` closes that gap.
+`anyio.to_thread.run_sync` waits for its thread when an anyio cancel scope ends it, but not when the task is cancelled
+by asyncio's own ``task.cancel()`` (``asyncio.wait_for``, ``asyncio.timeout``): the await ends, and the thread goes on,
+with descriptors that are about to be closed and pages taken from a tracker that nobody has noted. `in_thread` closes
+that gap.
 """
 
 from __future__ import annotations

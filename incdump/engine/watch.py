@@ -118,7 +118,7 @@ class Watch:
             return
         if self._means.tracker == uffd_wp.NAME:
             if shares_address_space(pid, self.task.ppid):
-                warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): it is not tracked by itself")
+                warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): not tracked itself")
                 return
             try:
                 self._acquire(renew=renew)

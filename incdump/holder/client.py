@@ -1,7 +1,7 @@
 """The two ways to keep userfaultfds: with the holder process, or in this very program.
 
-`HolderKeeper` is what commands use, `OwnKeeper` is a session's. Both lend a `Lease` on one process: its userfaultfd, and
-the generation of the dump that was committed last. A lease that is not committed leaves the generation lost.
+`HolderKeeper` is what commands use, `OwnKeeper` is a session's. Both lend a `Lease` on one process: its userfaultfd,
+and the generation of the dump that was committed last. A lease that is not committed leaves the generation lost.
 
 Calls block (a few milliseconds; starting the holder some 50): the engine makes them in a worker thread.
 """
@@ -166,7 +166,8 @@ def ask(sock: socket.socket, message: dict[str, Any], pid: int | None = None) ->
         wire.send(sock, message)
         answer, fds = wire.receive(sock)
     except (OSError, ValueError) as error:
-        raise errors.HolderError(f"the holder process is gone ({error}); the next dump will be full", pid=pid) from error
+        message = f"the holder process is gone ({error}); the next dump will be full"
+        raise errors.HolderError(message, pid=pid) from error
     if answer is None:
         raise errors.HolderError("the holder process is gone; the next dump will be full", pid=pid)
     if "error" in answer:

@@ -1,8 +1,8 @@
 """What the holder and its clients say to each other.
 
 One message is one datagram of a SOCK_SEQPACKET unix socket: a JSON object, at most 64 KiB, with file descriptors beside
-it (SCM_RIGHTS). A client sends ``{"do": NAME, ...}`` and gets one answer; an answer that holds ``"error"`` is a refusal.
-Only the standard library is used: the holder is to stay small.
+it (SCM_RIGHTS). A client sends ``{"do": NAME, ...}`` and gets one answer; an answer that holds ``"error"`` is a
+refusal. Only the standard library is used: the holder is to stay small.
 
 =========  ==========================================  ===============================================================
 do         with                                        answer
@@ -16,8 +16,8 @@ forget     ``pid`` (or null for all)                   ``forgotten``: list of pi
 list                                                   ``targets``: list of objects
 =========  ==========================================  ===============================================================
 
-From ``acquire`` until ``commit`` the target belongs to that connection, and its generation counts as lost: a client that
-dies in between (SIGKILL included) has taken pages from the tracker that no images dir holds.
+From ``acquire`` until ``commit`` the target belongs to that connection, and its generation counts as lost: a client
+that dies in between (SIGKILL included) has taken pages from the tracker that no images dir holds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def runtime_dir() -> str:
         elif base:
             path = os.path.join(base, "incdump")
         else:
-            path = f"/tmp/incdump-{uid}"  # noqa: S108 - checked for its owner below
+            path = f"/tmp/incdump-{uid}"
     os.makedirs(path, 0o700, exist_ok=True)
     status = os.lstat(path)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != uid or status.st_mode & 0o022:
@@ -81,7 +81,8 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     :returns: the message, or None at end of file; descriptors that came with it (close-on-exec).
     :raises ValueError: not a JSON object, or cut short; descriptors that came with it are closed.
     """
-    # Not socket.recv_fds(): it does not pass on its flags (Python 3.9 to 3.13), and programs that are run would inherit.
+    # Not socket.recv_fds(): it does not pass on its flags (Python 3.9 to 3.13), and programs that are run would
+    # inherit.
     data, fds, flags = _receive_raw(sock)
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):

@@ -67,7 +67,7 @@ def canonical(spans: Runs) -> Runs:
 
 
 def ascending(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Sorted and distinct values. (`numpy.unique` hashes, which takes a hundred times longer for what is nearly sorted.)"""
+    """Sorted and distinct values. (`numpy.unique` hashes, which takes far longer for what is nearly in order.)"""
     values = np.sort(values, kind="stable")
     return values[np.concatenate(([True], values[1:] != values[:-1]))] if len(values) else values
 

@@ -177,4 +177,3 @@ def unchanged_pages(
         kept.append(batch[same])
     unchanged = runs_of_pages(np.concatenate(kept)) if kept else empty_runs()
     return unchanged, len(addresses)
-

@@ -1,8 +1,9 @@
-"""Tracking writes by the soft-dirty bit (CONFIG_MEM_SOFT_DIRTY; x86_64, s390, ppc64; Documentation/admin-guide/mm/soft-dirty.rst).
+"""Tracking writes by the soft-dirty bit (CONFIG_MEM_SOFT_DIRTY; x86_64, s390, ppc64;
+Documentation/admin-guide/mm/soft-dirty.rst).
 
-The kernel sets bit 55 of a page's pagemap entry when the page is written to; writing ``4`` to /proc/PID/clear_refs clears
-it for the whole process at once. Reading and clearing are two steps, so the target stays stopped from the first to the
-second. CRIU uses the same bit: chains may go from one to the other.
+The kernel sets bit 55 of a page's pagemap entry when the page is written to; writing ``4`` to /proc/PID/clear_refs
+clears it for the whole process at once. Reading and clearing are two steps, so the target stays stopped from the first
+to the second. CRIU uses the same bit: chains may go from one to the other.
 
 There is one bit for everybody. Who cleared it last is written down in the runtime directory, per process: a generation.
 It is marked as lost before the bit is cleared, and set when the images are complete.
@@ -116,9 +117,7 @@ def reset(pid: int) -> None:
         ) from error
 
 
-def windows(
-    pagemap_fd: int, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_]
-) -> Iterator[Window]:
+def windows(pagemap_fd: int, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
     """Windows in which the soft-dirty bit is told as WRITTEN.
 
     :param watched: the VMAs whose bit means something (private memory); only their pages get WPALLOWED.

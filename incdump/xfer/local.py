@@ -59,9 +59,7 @@ def _write_at(fd: int, data: memoryview, offset: int, path: str) -> None:
             written = os.pwrite(fd, data, offset)
         except OSError as error:
             hint = "; free some space and try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise ImagesIOError(
-                f"cannot write {path}: {error.strerror}{hint}", path=path, errno=error.errno
-            ) from error
+            raise ImagesIOError(f"cannot write {path}: {error.strerror}{hint}", path=path, errno=error.errno) from error
         data = data[written:]
         offset += written
 

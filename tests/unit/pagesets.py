@@ -108,7 +108,9 @@ def entries_of(pages: Mapping[int, int], splits: Iterable[int] = ()) -> Table:
 
 def flags_of(entries: Table) -> dict[int, int]:
     """An entry table as flags by page number; it must be sorted and disjoint."""
-    return categories_of(np.stack((entries[:, 0], entries[:, 0] + entries[:, 1] * np.uint64(PAGE), entries[:, 2]), axis=1))
+    return categories_of(
+        np.stack((entries[:, 0], entries[:, 0] + entries[:, 1] * np.uint64(PAGE), entries[:, 2]), axis=1)
+    )
 
 
 def region_tables(bits: st.SearchStrategy[int]) -> st.SearchStrategy[Table]:

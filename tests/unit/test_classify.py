@@ -169,9 +169,9 @@ def test_the_content_tracker_is_asked_about_pages_that_belong_and_nobody_watches
     expected = {
         p
         for p, c in pages.items()
-        if not c & PageIs.WPALLOWED and belongs(c, vma_at(vmas, p)) and any(
-            v.first <= p < v.last and r & wanted == wanted for v, r in zip(vmas, rule.tolist(), strict=True)
-        )
+        if not c & PageIs.WPALLOWED
+        and belongs(c, vma_at(vmas, p))
+        and any(v.first <= p < v.last and r & wanted == wanted for v, r in zip(vmas, rule.tolist(), strict=True))
     }
     assert pages_of(payload_runs(window, vma_table, rule, wanted)) == expected
 

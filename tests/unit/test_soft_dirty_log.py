@@ -182,9 +182,7 @@ def test_a_page_is_written_if_soft_dirty_and_watched_if_its_mapping_is(
         told |= categories_of(window.regions)
     others = ~(PageIs.WRITTEN | PageIs.WPALLOWED) & 511
     assert told == {
-        p: c & others
-        | (PageIs.WRITTEN if c & PageIs.SOFT_DIRTY else 0)
-        | (PageIs.WPALLOWED if p in watched else 0)
+        p: c & others | (PageIs.WRITTEN if c & PageIs.SOFT_DIRTY else 0) | (PageIs.WPALLOWED if p in watched else 0)
         for p, c in pages.items()
     }
 
