@@ -77,7 +77,7 @@ def _compare(images_dir: str, pid: int, timeout: float) -> AgainstReport:
     from incdump.cli.signals import run
     from incdump.engine.check import check_against
 
-    return run(lambda: check_against(images_dir, pid, timeout=timeout))
+    return run(lambda: check_against(images_dir, pid, freeze_timeout=timeout))
 
 
 def _complaint(images_dir: str, pid: int | None, report: AgainstReport | None) -> str:

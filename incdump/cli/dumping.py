@@ -3,7 +3,7 @@ report."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -132,9 +132,16 @@ def run_dump(
 async def _dump(
     kind: Kind, pid: int, images_dir: str, parent: str | None, options: DumpOptions, log: Log, *, show: bool
 ) -> DumpResult:
-    """Call the engine, with somebody to report progress to."""
-    from incdump.cli.progress import Progress, is_wanted
+    """Call the engine, with somebody to report progress to.
+
+    :param show: progress may be shown, if there is a terminal to show it on.
+    """
     from incdump.engine.dump import dump, predump
+
+    engine = predump if kind == "pre-dump" else dump
+    if not show or sys.stderr is None or not sys.stderr.isatty():
+        return await engine(pid, images_dir, parent=parent, options=options, progress=log.progress)
+    from incdump.cli.progress import Progress
 
     progress = Progress()
 
@@ -142,8 +149,7 @@ async def _dump(
         log.progress(step, stats)
         progress.update(step, stats)
 
-    engine = predump if kind == "pre-dump" else dump
-    with progress.shown() if show and is_wanted() else nullcontext():
+    with progress.shown():
         return await engine(pid, images_dir, parent=parent, options=options, progress=note)
 
 

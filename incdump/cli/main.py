@@ -7,6 +7,7 @@ Signals end a command cleanly (`incdump.cli.signals`): the exit code is 128 plus
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -128,6 +129,8 @@ def _prepare_process() -> None:
     # each of them: half of NumPy's start-up time on two processors, more on more.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Loading modules allocates a lot and drops nothing: the collector would walk it all a dozen times, for 20 ms.
+    gc.set_threshold(200_000)
     # Started with a closed standard stream, the next file opened would take its number, and messages would go there.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

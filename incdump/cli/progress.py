@@ -5,7 +5,6 @@ rich is loaded when the half second is over, and not at all otherwise: loading i
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -82,8 +81,3 @@ class Progress:
             f"{stats.pages_skipped_parent + stats.shpages_skipped_parent:,} left to the parent, "
             f"{time.monotonic() - self._began:.1f} s"
         )
-
-
-def is_wanted() -> bool:
-    """Whether there is a terminal to show progress on."""
-    return sys.stderr is not None and sys.stderr.isatty()

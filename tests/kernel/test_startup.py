@@ -33,6 +33,8 @@ HEAVY = (
     "numpy.random",
     "numpy.testing",
     "incdump.cli.check",
+    "incdump.cli.progress",
+    "incdump.cli.text",
     "incdump.cli.doctor",
     "incdump.images._pb",
 )

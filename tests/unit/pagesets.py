@@ -6,14 +6,16 @@ entry table a dict from page number to its bits. The hypothesis strategies draw 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 PAGE = 4096
 FAR = 0x7FFFF7DD0

@@ -6,8 +6,9 @@ mapping kinds and categories.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -31,9 +32,15 @@ from tests.unit.pagesets import (
     thoroughly,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 IN_PARENT, PRESENT, LAZY_PRESENT = 1, 4, 6
 CLEAN = PageIs.WPALLOWED | PageIs.PRESENT
 """Watched, there, and not written."""
+
+
+NO_FLAGS = VmaFlag(0)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Vma:
     last: int
     kind: VmaKind = VmaKind.ANON
     prot: Prot = Prot.READ | Prot.WRITE
-    flags: VmaFlag = VmaFlag(0)
+    flags: VmaFlag = NO_FLAGS
 
 
 def table_of(vmas: list[Vma]) -> VmaTable:
@@ -138,7 +145,7 @@ def test_entries_that_touch_differ_in_their_flags(
     vma_table = table_of(vmas)
     window = Window(0, END * PAGE, regions_of(pages, splits))
     rows = classify(window, vma_table, rules(vma_table), None if parent is None else runs_of(parent)).entries.tolist()
-    for (vaddr, nr_pages, flags), (following, _, other) in zip(rows, rows[1:], strict=False):
+    for (vaddr, nr_pages, flags), (following, _, other) in pairwise(rows):
         assert vaddr + nr_pages * PAGE < following or flags != other
 
 
@@ -151,7 +158,7 @@ def test_it_does_not_matter_where_windows_begin_and_end(
     known = None if parent is None else runs_of(parent)
     edges = sorted({0, END, FAR + 30, *bounds})
     told: dict[int, int] = {}
-    for lo, hi in zip(edges, edges[1:], strict=False):
+    for lo, hi in pairwise(edges):
         inside = regions_of({p: c for p, c in pages.items() if lo <= p < hi})
         told |= flags_of(classify(Window(lo * PAGE, hi * PAGE, inside), vma_table, rules(vma_table), known).entries)
     whole = classify(Window(0, END * PAGE, regions_of(pages)), vma_table, rules(vma_table), known)

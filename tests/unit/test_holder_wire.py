@@ -6,9 +6,7 @@ import array
 import json
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +14,10 @@ from hypothesis import strategies as st
 
 from incdump.holder import server, wire
 from tests.unit.pagesets import moderately, thoroughly
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 Pair = tuple[socket.socket, socket.socket]
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incdump.model.runs import Entries
 from incdump.page_pipe import CHUNK_IOVECS, CHUNK_PAGES, Chunk, cut
 from tests.unit.pagesets import PAGE, entries_of, flags_of, moderately, table, thoroughly
+
+if TYPE_CHECKING:
+    from incdump.model.runs import Entries
 
 sizes = st.one_of(st.integers(1, 5), st.integers(1, 3 * CHUNK_PAGES), st.sampled_from((1023, 1024, 1025, 2048)))
 rows = st.lists(st.tuples(st.integers(0, 2), sizes, st.sampled_from((1, 4, 6))), max_size=40)

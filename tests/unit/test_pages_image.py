@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,7 +17,6 @@ from hypothesis import strategies as st
 from incdump.engine.pages_image import PagesImage, merge_entries, without
 from incdump.images.new_dir import NewImagesDir
 from incdump.images.pagemap import decode_pagemap, page_offsets
-from incdump.model.runs import Entries
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.tracking.content import HashCollector, hash_pages
 from incdump.xfer.local import make_buffer
@@ -33,6 +34,9 @@ from tests.unit.pagesets import (
     seldom,
     thoroughly,
 )
+
+if TYPE_CHECKING:
+    from incdump.model.runs import Entries
 
 NAME = "pagemap-7.img"
 flags = st.sampled_from((1, 4, 6))
@@ -77,7 +81,7 @@ def contents(pagemap: bytes, pages: bytes) -> tuple[dict[int, bytes], set[int]]:
 def windows_of(pages: dict[int, int], splits: set[int], bounds: set[int]) -> list[Entries]:
     """Entries in several tables, as they come window by window."""
     edges = sorted({-1, *bounds, 1 << 50})
-    parts = [{p: f for p, f in pages.items() if lo < p <= hi} for lo, hi in zip(edges, edges[1:], strict=False)]
+    parts = [{p: f for p, f in pages.items() if lo < p <= hi} for lo, hi in pairwise(edges)]
     return [entries_of(part, splits) for part in parts if part]
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 import anyio
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from incdump.classify import Classified
 from incdump.engine import pipeline as module
@@ -23,6 +21,11 @@ from incdump.model.regions import Window
 from incdump.model.stats import DumpStats
 from incdump.page_pipe import CHUNK_PAGES, Chunk, cut
 from tests.unit.pagesets import PAGE, categories_of, entries_of, pages_of, regions_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+    from numpy.typing import NDArray
 
 WAIT = 10.0
 
@@ -37,11 +40,10 @@ class Trace:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.running = 0
-        self.most_writing = 0
         self.steps: list[str] = []
         self.at_step: Callable[[int, str], None] = lambda _number, _name: None
 
-    def do(self, name: str, function: Callable[[], Any] = lambda: None) -> Any:
+    def do(self, name: str, function: Callable[[], object] = lambda: None) -> None:
         """One step: count it as running until it is over."""
         with self.lock:
             self.running += 1
@@ -49,7 +51,7 @@ class Trace:
             number = len(self.steps)
         try:
             self.at_step(number, name)
-            return function()
+            function()
         finally:
             with self.lock:
                 self.running -= 1
@@ -71,13 +73,15 @@ class Owner:
         """Each range of page numbers as a window."""
         for pages in self._windows:
             window = Window(pages.start * PAGE, pages.stop * PAGE, regions_of(dict.fromkeys(pages, 8)))
-            yield self._trace.do(f"{self.name}window", lambda found=window: found)
+            self._trace.do(f"{self.name}window")
+            yield window
 
     def classify(self, window: Window) -> Classified:
         """Every page is to be written."""
         pages = categories_of(window.regions)
         entries = entries_of(dict.fromkeys(pages, 4))
-        return self._trace.do(f"{self.name}classify", lambda: Classified(entries, len(pages), 0, len(pages), 0))
+        self._trace.do(f"{self.name}classify")
+        return Classified(entries, len(pages), 0, len(pages), 0)
 
     def chunks(self, classified: Classified) -> Iterator[Chunk]:
         """Cut as ever."""
@@ -139,7 +143,7 @@ async def held_back(pipeline: Pipeline, owners: Iterable[PageOwner], gate: threa
 async def test_every_page_of_every_owner_is_written_at_its_place(writers: int) -> None:
     trace, stats, ticks = Trace(), DumpStats(), []
     owners = [Owner(trace, [range(7 * n, 7 * n + size) for n in range(9)]) for size in (1, 5, 6)]
-    big = Owner(trace, [range(0, 5000), range(6000, 6001)])
+    big = Owner(trace, [range(5000), range(6000, 6001)])
     await graph(writers, stats, lambda: ticks.append(1)).run([*owners, big])
     for owner, size in zip(owners, (1, 5, 6), strict=True):
         assert owner.written == {7 * n + i: size * n + i for n in range(9) for i in range(size)}
@@ -224,7 +228,7 @@ async def test_there_is_one_buffer_per_writer_however_much_is_written(
         return made[-1]
 
     monkeypatch.setattr(module, "make_buffer", make_buffer)
-    owners = [Owner(Trace(), [range(0, 20_000)]), Owner(Trace(), one_page_windows(100))]
+    owners = [Owner(Trace(), [range(20_000)]), Owner(Trace(), one_page_windows(100))]
     await graph(writers).run(owners)
     assert [len(buffer) for buffer in made] == [CHUNK_PAGES * PAGE] * writers
     used = {id(buffer) for owner in owners for buffer in owner.buffers}
@@ -373,7 +377,7 @@ async def test_reading_and_writing_happen_in_threads_and_classifying_in_the_even
     assert threads == {"window": {False}, "classify": {True}, "write": {False}}
 
 
-WAYS = ("task", "twice", "scope", "timeout")
+WAYS = ("task", "twice", "every task", "scope", "timeout")
 
 
 class CancelAt:
@@ -388,6 +392,7 @@ class CancelAt:
         self.scope = anyio.CancelScope()
         self.timeout = asyncio.timeout(None)
         self.task: asyncio.Task[None] | None = None
+        self._test = asyncio.current_task()
         self.reached = False
         self._got_about = threading.Event()
 
@@ -409,6 +414,9 @@ class CancelAt:
                 self.scope.cancel()
             elif self.how == "timeout":
                 self.timeout.reschedule(self.loop.time())
+            elif self.how == "every task":  # as an event loop does that is shut down
+                for task in asyncio.all_tasks() - {self._test}:
+                    task.cancel()
             else:
                 self.task.cancel()
         if turn < self.TURNS:

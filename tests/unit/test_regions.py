@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from incdump.model.regions import PageIs, Window, clip_regions, mark, merge, merge_into, split_at, where
-from incdump.model.runs import Regions
 from tests.unit.pagesets import (
     END,
     PAGE,
@@ -24,6 +23,11 @@ from tests.unit.pagesets import (
     runs_of,
     thoroughly,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from incdump.model.runs import Regions
 
 bits = st.integers(0, 511)
 tables = region_tables(bits)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from incdump.errors import TrackerUnavailable
 from incdump.model.regions import PageIs, Window
 from incdump.tracking import soft_dirty
 from incdump.tracking.soft_dirty import SoftDirtyLog, SoftDirtyRecord, may_trust
-from tests.unit.pagesets import END, PAGE, categories_of, moderately, page_dicts, page_sets, regions_of, runs_of
+from tests.unit.pagesets import END, PAGE, Table, categories_of, moderately, page_dicts, page_sets, regions_of, runs_of
 
 RECORD = SoftDirtyRecord(start_time=1234, boot_id="b-1", generation="g-1", uptime=5_000_000)
 UNFINISHED = replace(RECORD, generation=None)
@@ -89,7 +90,7 @@ def test_a_record_that_cannot_be_written_leaves_the_one_before(
             args[1].write('{"start_time": 12')  # type: ignore[attr-defined]
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(soft_dirty.json if where == "dump" else soft_dirty.os, where, fail)
+    monkeypatch.setattr(json if where == "dump" else os, where, fail)
     with pytest.raises(OSError, match="no space"):
         log.write(42, UNFINISHED)
     monkeypatch.undo()
@@ -108,7 +109,7 @@ def test_at_no_moment_is_there_half_a_record(log: SoftDirtyLog, monkeypatch: pyt
         file.flush()  # type: ignore[attr-defined]
         seen.append(log.read(42, 1234, "b-1"))
 
-    monkeypatch.setattr(soft_dirty.json, "dump", watched)
+    monkeypatch.setattr(json, "dump", watched)
     log.write(42, UNFINISHED)
     assert seen == [RECORD, RECORD]
     assert log.read(42, 1234, "b-1") == UNFINISHED
@@ -124,11 +125,9 @@ def test_at_no_moment_is_there_half_a_record(log: SoftDirtyLog, monkeypatch: pyt
     )
 )
 def test_a_record_that_makes_no_sense_is_no_record(data: bytes) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(soft_dirty.SoftDirtyLog, "_path", lambda _self, _pid: path)
-        path = os.path.join(os.environ["INCDUMP_RUNTIME_DIR"], "nonsense.json")
-        Path(path).write_bytes(data)
-        assert SoftDirtyLog("").read(1, 1234, "b-1") is None
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "soft-dirty-1.json").write_bytes(data)
+        assert SoftDirtyLog(directory).read(1, 1234, "b-1") is None
 
 
 def test_a_record_is_forgotten_once(log: SoftDirtyLog) -> None:
@@ -165,7 +164,7 @@ class Spans:
     def __init__(self, pages: set[int]) -> None:
         self.pages = pages
 
-    def spans(self, _mask: object) -> np.ndarray:  # type: ignore[type-arg]
+    def spans(self, _mask: object) -> Table:
         """start and end of the watched mappings."""
         return runs_of(self.pages)
 

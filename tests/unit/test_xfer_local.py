@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from incdump.errors import ImagesIOError
 from incdump.page_pipe import Chunk
-from incdump.xfer import local
 from incdump.xfer.local import close_gaps, make_buffer, write_chunk
 from tests.unit.pagesets import PAGE, Memory, content_of, moderately, pages_of, runs_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 page_lists = st.sets(st.integers(0, 30), min_size=1, max_size=20)
 
@@ -43,7 +45,7 @@ def bytes_of(pages: list[int]) -> bytes:
 def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel takes at most 1000 bytes at a time, as it may (a signal, a full disk, some file systems)."""
     pwrite: Callable[[int, memoryview, int], int] = os.pwrite
-    monkeypatch.setattr(local.os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[:1000], at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, memoryview(data)[:1000], at))
 
 
 def test_a_buffer_is_page_aligned_and_writable() -> None:
@@ -100,7 +102,7 @@ def test_a_write_that_fails_names_the_image_and_what_to_do(
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(local.os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     with image_file() as fd, pytest.raises(ImagesIOError, match=r"/images/pages-1\.img") as caught:
         write_chunk(fd, Chunk(runs_of({1}), 0, 1), Memory(), make_buffer(1), "/images/pages-1.img")
     assert (caught.value.errno, caught.value.path) == (number, "/images/pages-1.img")
@@ -133,13 +135,14 @@ def test_closing_gaps_goes_on_after_a_short_write() -> None:
     with image_file() as fd:
         for page in range(6):
             for part in range(0, PAGE, 512):
-                os.pwrite(fd, content_of(page)[part : part + 512], page * PAGE + part)
+                os.pwrite(fd, content_of(page)[part : part + 512].tobytes(), page * PAGE + part)
         close_gaps(fd, runs_of({0, 3}), 6, "pages-1.img")
         assert whole(fd) == bytes_of([1, 2, 4, 5])
 
 
 def test_an_image_that_is_shorter_than_its_pages_is_an_error_and_no_endless_loop() -> None:
-    with image_file() as fd, pytest.raises(ImagesIOError, match="pages-1") as caught:
+    with image_file() as fd:
         os.pwrite(fd, bytes_of([0, 1]), 0)
-        close_gaps(fd, runs_of({0}), 5, "pages-1.img")
+        with pytest.raises(ImagesIOError, match="pages-1") as caught:
+            close_gaps(fd, runs_of({0}), 5, "pages-1.img")
     assert caught.value.errno == errno.EIO
