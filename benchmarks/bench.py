@@ -159,7 +159,7 @@ def bench(mib: int, vmas: tuple[int, ...], rounds: int, directory: str) -> Itera
     """
     with (
         tempfile.TemporaryDirectory(prefix="incdump-bench-", dir=directory) as images,
-        tempfile.TemporaryDirectory(prefix="incdump-run-", ignore_cleanup_errors=True) as runtime,
+        tempfile.TemporaryDirectory(prefix="incdump-bench-run-", ignore_cleanup_errors=True) as runtime,
     ):
         os.environ["INCDUMP_RUNTIME_DIR"] = runtime
         # As when it is installed: modules are compiled once, in the warm-up.

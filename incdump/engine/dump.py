@@ -186,6 +186,7 @@ class DumpRun:
 
     async def _dump(self, images: NewImagesDir) -> None:
         freezes = self._kind == "dump" or self._tracker == soft_dirty.NAME
+        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
         async with AsyncExitStack() as stack:
             if freezes:
                 await in_thread(self._prepare_tree)
@@ -200,7 +201,7 @@ class DumpRun:
                     self._note_frozen(frozen, freezer.frozen_time)
             self._tell("dumping")
             self._uptime = _uptime()
-            metadata = await self._transfer()
+            metadata = await self._transfer(pipeline)
             if self._kind == "dump":
                 frozen_time = (time.monotonic_ns() - frozen.frozen_at) // 1000  # so far, if it is to stay stopped
                 if self._options.afterwards == "running":
@@ -218,15 +219,16 @@ class DumpRun:
         self._stats.frozen_time = frozen_time
         self._stats.stopped_time += frozen.freezing_time + frozen_time
 
-    async def _transfer(self) -> Metadata | None:
+    async def _transfer(self, pipeline: Pipeline) -> Metadata | None:
         """Copy all pages; of a dump also read, side by side with that, what there is to know beside them."""
-        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
         metadata: list[Metadata] = []
 
         async def read_metadata() -> None:
+            await pipeline.under_way.wait()
             known = list(self._processes.values())
             ahead = {p.task.pid: p.ahead for p in known if p.ahead is not None}
-            metadata.append(await in_thread(Metadata.read, [p.task for p in known], ahead))
+            tables = {p.task.pid: p.vmas for p in known if p.vmas is not None}
+            metadata.append(await in_thread(Metadata.read, [p.task for p in known], ahead, tables))
 
         try:
             async with anyio.create_task_group() as tasks:

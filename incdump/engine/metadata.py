@@ -78,14 +78,19 @@ class Metadata:
         self._files = files
 
     @classmethod
-    def read(cls, tasks: Sequence[Task], ahead: Mapping[int, Ahead]) -> Metadata:
+    def read(
+        cls, tasks: Sequence[Task], ahead: Mapping[int, Ahead], known: Mapping[int, VmaTable] | None = None
+    ) -> Metadata:
         """Ask /proc. Blocks; the tree is frozen meanwhile.
 
         :param tasks: the processes that are dumped, the root first. One that is killed meanwhile is left out.
         :param ahead: what `look_ahead` found, by pid.
+        :param known: mappings that were read since the freeze, by pid.
         """
-        tables: dict[int, VmaTable] = {}
+        tables: dict[int, VmaTable] = dict(known or {})
         for task in tasks:
+            if task.pid in tables:
+                continue
             before = ahead.get(task.pid)
             with contextlib.suppress(TargetExited, NoSuchTarget):
                 tables[task.pid] = reread_vmas(task.pid, None if before is None else before.vmas)
@@ -95,8 +100,8 @@ class Metadata:
             with contextlib.suppress(KeyError, OSError, TargetExited, NoSuchTarget):
                 vmas = tables[task.pid]
                 before = ahead.get(task.pid)
-                known = before is not None and before.vmas is vmas
-                guards = before.guards if before is not None and known else _guard_regions(task.pid, vmas)
+                same = before is not None and before.vmas is vmas
+                guards = before.guards if before is not None and same else _guard_regions(task.pid, vmas)
                 mapped = files.add_process(task.pid, vmas)
                 snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, guards))
         return cls([s.task for s in snapshots], snapshots, files)

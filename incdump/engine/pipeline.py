@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 
 WINDOWS_AHEAD = 2
 """Windows read while one is classified."""
-CHUNKS_AHEAD = 8
+CHUNKS_AHEAD = 16
 """Chunks classified while the writers are busy; they hold addresses, not pages."""
+CHUNKS_AT_ONCE = 4
+"""Chunks that a writer takes along in one go when they queue up: a hop to its thread costs a tenth of a copy."""
 
 
 class PageOwner(Protocol):
@@ -63,7 +65,10 @@ class PageOwner(Protocol):
 
 
 class Pipeline:
-    """One run of the graph over a number of owners."""
+    """One run of the graph over a number of owners. Its buffers are made with it: before the target is frozen.
+
+    :ivar under_way: set when the first window was read.
+    """
 
     def __init__(self, writers: int, stats: DumpStats, progress: Callable[[], None]) -> None:
         self._writers = writers
@@ -71,6 +76,8 @@ class Pipeline:
         self._progress = progress
         self._busy = 0.0
         self._first_write = self._last_write = 0.0
+        self._buffers = [make_buffer(CHUNK_PAGES) for _ in range(writers)]
+        self.under_way = anyio.Event()
         self._reading = anyio.CapacityLimiter(1)
         self._writing = anyio.CapacityLimiter(writers)
 
@@ -87,8 +94,8 @@ class Pipeline:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._read_windows, owners, windows_in)
                 tasks.start_soon(self._classify_windows, windows_out, chunks_in)
-                for _ in range(self._writers):
-                    tasks.start_soon(self._write_chunks, chunks_out.clone())
+                for buffer in self._buffers:
+                    tasks.start_soon(self._write_chunks, chunks_out.clone(), buffer)
                 chunks_out.close()
         except BaseExceptionGroup as group:
             raise first_cause(group) from None
@@ -103,8 +110,8 @@ class Pipeline:
         with out:
             source = _all_windows(owners)
             while True:
-                item, seconds = await in_thread(_timed_next, source, limiter=self._reading)
-                self._busy += seconds
+                item = await in_thread(next, source, None, limiter=self._reading)
+                self.under_way.set()
                 if item is None:
                     return
                 await out.send(item)
@@ -126,14 +133,21 @@ class Pipeline:
                     self._stats.page_pipe_bufs += len(chunk.runs)
                     await out.send((owner, chunk))
 
-    async def _write_chunks(self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]]) -> None:
-        buffer = make_buffer(CHUNK_PAGES)
+    async def _write_chunks(
+        self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]
+    ) -> None:
         with chunks:
-            async for owner, chunk in chunks:
+            async for item in chunks:
                 self._first_write = self._first_write or time.perf_counter()
-                await in_thread(_write, owner, chunk, buffer, limiter=self._writing)
+                await in_thread(_write, [item, *self._queued(chunks)], buffer, limiter=self._writing)
                 self._last_write = time.perf_counter()
                 self._progress()
+
+    def _queued(self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]]) -> Iterator[tuple[PageOwner, Chunk]]:
+        """A fair share of the chunks that wait to be written."""
+        share = chunks.statistics().current_buffer_used // self._writers
+        for _ in range(min(share, CHUNKS_AT_ONCE - 1)):
+            yield chunks.receive_nowait()
 
 
 def _all_windows(owners: Iterable[PageOwner]) -> Iterator[tuple[PageOwner, Window]]:
@@ -147,19 +161,14 @@ def _all_windows(owners: Iterable[PageOwner]) -> Iterator[tuple[PageOwner, Windo
             owner.exited = True
 
 
-def _timed_next(source: Iterator[tuple[PageOwner, Window]]) -> tuple[tuple[PageOwner, Window] | None, float]:
-    started = time.perf_counter()
-    item = next(source, None)
-    return item, time.perf_counter() - started
-
-
-def _write(owner: PageOwner, chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
-    if owner.exited:
-        return
-    try:
-        owner.write(chunk, buffer)
-    except TargetExited:
-        owner.exited = True
+def _write(items: list[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]) -> None:
+    for owner, chunk in items:
+        if owner.exited:
+            continue
+        try:
+            owner.write(chunk, buffer)
+        except TargetExited:
+            owner.exited = True
 
 
 def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -8,6 +8,7 @@ pipeline `windows`, `classify`, `chunks` and `write`; then `finish`; and at last
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -159,12 +160,22 @@ class ProcessDump:
         whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
         wanted = ((self._rule & Rule.DUMP) != 0) & ~whole
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8) if self._has_hashes() else None
-        raw = self._watch.windows(vmas.select(wanted), watched[wanted])
+        raw = self._timed(self._watch.windows(vmas.select(wanted), watched[wanted]))
         for window in merge_into(raw, _present(vmas.spans(whole))):
             regions = window.regions if self.incremental else _all_written(window.regions)
             if scratch is not None:
                 regions = self._compare(Window(window.lo, window.hi, regions), vmas, scratch)
             yield Window(window.lo, window.hi, regions)
+
+    def _timed(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """The same windows; the time that reading them takes is counted as scan_time."""
+        while True:
+            began = time.perf_counter_ns()
+            window = next(windows, None)
+            self._means.stats.scan_time += (time.perf_counter_ns() - began) // 1000
+            if window is None:
+                return
+            yield window
 
     def _has_hashes(self) -> bool:
         return self._parent is not None and self._parent.hashes is not None and bool(len(self._parent.hashes))

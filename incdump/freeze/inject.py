@@ -45,7 +45,7 @@ from incdump.errors import (
 )
 from incdump.freeze.attach import attach
 from incdump.freeze.choice import Candidate, candidates, find_instruction, has_exited, is_gone
-from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, wait_for_stop
+from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, sleep_exactly, wait_for_stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,6 +123,7 @@ class _Work:
     def run(self) -> None:
         """The body of the thread. Signals are for others; the garbage collector rests while the target waits."""
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        sleep_exactly()
         collects = gc.isenabled()
         gc.disable()
         try:

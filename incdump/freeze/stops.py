@@ -17,11 +17,12 @@ This module is stdlib only: the small holder process uses it.
 
 from __future__ import annotations
 
-import os
+import ctypes
 import signal
 import time
 from typing import TYPE_CHECKING
 
+from incdump._uapi.libc import libc
 from incdump._uapi.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP, SigInfo, is_stopped, take_notification
 
 if TYPE_CHECKING:
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 
 SPIN = 40e-6
 """Seconds of looking at threads without a pause: one that runs on another processor stops within that."""
-YIELD = 200e-6
-"""Seconds up to which the processor is offered to others between looks: they may be the very threads waited for."""
+FIRST_PAUSE = 10e-6
 SLOW = 2e-3
 """Seconds after which a stop takes so long that something may be in its way."""
 LONGEST_PAUSE = 1e-3
 """Seconds between looks at threads that take their time."""
+
+_PR_SET_TIMERSLACK = 29
 
 
 def is_event_stop(info: SigInfo) -> bool:
@@ -57,12 +59,17 @@ def held_signal(info: SigInfo) -> int:
     return 0 if is_event_stop(info) or is_syscall_stop(info) else int(info.signo)
 
 
+def sleep_exactly() -> None:
+    """Have the calling thread's sleeps of 10 us last 10 us, and not 60 (timer slack)."""
+    libc.prctl(_PR_SET_TIMERSLACK, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+
+
 class Backoff:
     """Pauses between looks at something that will happen soon: none, then short ones, then longer ones."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._pause = 10e-6
+        self._pause = FIRST_PAUSE
 
     @property
     def elapsed(self) -> float:
@@ -75,11 +82,10 @@ class Backoff:
         :returns: seconds waited so far.
         """
         elapsed = self.elapsed
-        if elapsed >= YIELD:
+        if elapsed >= SPIN:
+            # Not sched_yield(2): since EEVDF each call costs a whole time slice, and a hundred put us off for seconds.
             time.sleep(self._pause)
             self._pause = min(LONGEST_PAUSE, self._pause * 1.3)
-        elif elapsed >= SPIN:
-            os.sched_yield()
         return elapsed
 
 

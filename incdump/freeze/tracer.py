@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import queue
 import signal
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 
-from incdump._uapi.libc import libc
+from incdump.freeze.stops import sleep_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +35,6 @@ SWITCH_INTERVAL = 20e-6
 """Seconds for which other Python threads may keep the GIL while a job runs."""
 STALL = 0.05
 """Seconds after which a job that is not done is looked after (`on_stall`)."""
-_PR_SET_TIMERSLACK = 29
 
 
 _switching = threading.Lock()
@@ -169,8 +167,7 @@ class TracerThread:
 
     def _main(self, predecessor: int | None, unresolved: _Job | None) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        # Sleeps of 10 us are to last 10 us, not 60.
-        libc.prctl(_PR_SET_TIMERSLACK, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+        sleep_exactly()
         if predecessor is not None and unresolved is not None:
             _await_end(predecessor)
             unresolved.resolve()

@@ -166,8 +166,8 @@ def ask(sock: socket.socket, message: dict[str, Any], pid: int | None = None) ->
         wire.send(sock, message)
         answer, fds = wire.receive(sock)
     except (OSError, ValueError) as error:
-        message = f"the holder process is gone ({error}); the next dump will be full"
-        raise errors.HolderError(message, pid=pid) from error
+        gone = f"the holder process is gone ({error}); the next dump will be full"
+        raise errors.HolderError(gone, pid=pid) from error
     if answer is None:
         raise errors.HolderError("the holder process is gone; the next dump will be full", pid=pid)
     if "error" in answer:

@@ -34,8 +34,9 @@ class PageSource(Protocol):
 
 
 def make_buffer(pages: int) -> NDArray[np.uint8]:
-    """A page-aligned buffer, shape (pages * 4096,)."""
-    return np.frombuffer(mmap.mmap(-1, pages * PAGE_SIZE), np.uint8)
+    """A page-aligned buffer, shape (pages * 4096,), its memory there already: no fault while a target waits."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    return np.frombuffer(mmap.mmap(-1, pages * PAGE_SIZE, flags=flags), np.uint8)
 
 
 def write_chunk(fd: int, chunk: Chunk, source: PageSource, buffer: NDArray[np.uint8], path: str) -> Runs:

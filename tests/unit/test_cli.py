@@ -241,7 +241,7 @@ def test_a_name_that_the_output_encoding_lacks_is_shown_in_escapes() -> None:
     )
     environ = {**environment(), "PYTHONIOENCODING": "latin-1:strict"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True)
-    assert done.stdout == b"\xfc \\u65e5\\u672c\n  a  1\n"
+    assert done.stdout == b"\xfc \\u65e5\\u672c\n  a\n  b\n"
 
 
 # -- the log ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 from incdump.classify import Classified
 from incdump.engine import pipeline as module
-from incdump.engine.pipeline import CHUNKS_AHEAD, WINDOWS_AHEAD, PageOwner, Pipeline
+from incdump.engine.pipeline import CHUNKS_AHEAD, CHUNKS_AT_ONCE, WINDOWS_AHEAD, PageOwner, Pipeline
 from incdump.errors import ImagesIOError, NoSuchTarget, TargetExited
 from incdump.model.regions import Window
 from incdump.model.stats import DumpStats
@@ -149,7 +149,8 @@ async def test_every_page_of_every_owner_is_written_at_its_place(writers: int) -
         assert owner.written == {7 * n + i: size * n + i for n in range(9) for i in range(size)}
     assert big.written == {**{n: n for n in range(5000)}, 6000: 5000}
     assert stats.pages_scanned == 9 * 12 + 5001
-    assert stats.page_pipes == stats.page_pipe_bufs == len(ticks) == trace.steps.count("write") == 27 + 5 + 1
+    assert stats.page_pipes == stats.page_pipe_bufs == trace.steps.count("write") == 27 + 5 + 1
+    assert 1 <= len(ticks) <= stats.page_pipes
 
 
 @pytest.mark.asyncio
@@ -192,12 +193,11 @@ async def test_a_slow_writer_holds_the_reader_back(writers: int) -> None:
     trace.at_step = lambda _number, name: None if name != "write" else _wait_for(gate)
     endless = (range(2 * n, 2 * n + 1) for n in itertools.takewhile(lambda _: not gate.is_set(), itertools.count()))
     async with held_back(graph(writers), [Owner(trace, endless)], gate):
-        # A chunk with each writer, those ahead, one in the classifier's hands; windows ahead, one in the reader's.
-        bound = writers + CHUNKS_AHEAD + 1 + WINDOWS_AHEAD + 1
-        await until(lambda: trace.steps.count("window") >= bound)
+        # Chunks with each writer, those ahead, one in the classifier's hands; windows ahead, one in the reader's.
+        others = CHUNKS_AHEAD + 1 + WINDOWS_AHEAD + 1
+        await until(lambda: trace.steps.count("window") >= writers + others)
         await settle()
-        assert trace.steps.count("window") == bound
-        assert trace.steps.count("classify") == bound - WINDOWS_AHEAD - 1
+        assert trace.steps.count("window") <= writers * CHUNKS_AT_ONCE + others
         assert trace.steps.count("write") == writers
 
 
@@ -236,18 +236,18 @@ async def test_there_is_one_buffer_per_writer_however_much_is_written(
 
 
 @pytest.mark.asyncio
-async def test_as_many_writers_work_at_once_as_were_asked_for_and_no_two_with_the_same_buffer() -> None:
+async def test_as_many_writers_work_at_once_as_were_asked_for_each_with_its_own_buffer() -> None:
     trace, together = Trace(), threading.Barrier(3)
-    trace.at_step = lambda _number, name: None if name != "write" else _meet(together)
-    owner = Owner(trace, one_page_windows(9))
+
+    def meet(_number: int, name: str) -> None:
+        if name == "write" and trace.steps.count("write") <= 3:
+            together.wait(WAIT)
+
+    trace.at_step = meet
+    owner = Owner(trace, one_page_windows(60))
     await graph(3).run([owner])
-    assert len(owner.written) == 9
-    for nth in range(0, 9, 3):
-        assert len({id(buffer) for buffer in owner.buffers[nth : nth + 3]}) == 3
-
-
-def _meet(barrier: threading.Barrier) -> None:
-    barrier.wait(WAIT)
+    assert len(owner.written) == 60
+    assert len({id(buffer) for buffer in owner.buffers}) == 3
 
 
 @pytest.mark.asyncio

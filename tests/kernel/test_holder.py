@@ -1,0 +1,254 @@
+"""The holder process: there when it is needed, gone when it is not, and nobody's to talk to but its user's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+import incdump
+from incdump.errors import HolderError
+from incdump.holder import wire
+from incdump.holder.client import HolderKeeper, connect, held_targets
+from tests.kernel.support import (
+    Chain,
+    Odd,
+    holder_pid,
+    kill_holder,
+    open_fds,
+    require_root,
+    require_tracker,
+    tracked_pids,
+    until,
+    wait_readable,
+    watched_vmas,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
+
+
+@pytest.fixture(autouse=True)
+def _uffd_wp() -> None:
+    require_tracker("uffd-wp")
+
+
+@pytest.fixture
+def odd() -> Iterator[Odd]:
+    """A victim that makes unusual memory."""
+    with Odd() as target:
+        yield target
+
+
+async def test_it_starts_on_demand_and_ends_with_its_last_target(images_root: Path) -> None:
+    with Odd() as odd:
+        await incdump.predump(odd.pid, images_root / "1")
+        pid = holder_pid()
+        assert pid is not None
+        assert tracked_pids() == [odd.pid]
+        pidfd = os.pidfd_open(pid)
+    try:
+        wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    assert connect() is None
+    assert not Path(wire.socket_path()).exists()
+
+
+async def test_untrack_leaves_nothing(odd: Odd, images_root: Path) -> None:
+    descriptors = sorted(open_fds(odd.pid))
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    pid = holder_pid()
+    assert pid is not None
+    assert watched_vmas(odd.pid)
+    pidfd = os.pidfd_open(pid)
+    try:
+        assert await incdump.untrack(odd.pid) == [odd.pid]
+        assert watched_vmas(odd.pid) == []
+        assert sorted(open_fds(odd.pid)) == descriptors
+        wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    assert await incdump.untrack(odd.pid) == []
+    assert await incdump.untrack(None) == []
+    odd.do(f"poke {address} 64 3")
+    await chain.predump()
+    assert not chain.last.incremental
+    await chain.prove()
+
+
+async def test_untrack_all_gives_up_every_target(images_root: Path) -> None:
+    with Odd() as one, Odd() as two:
+        await incdump.predump(one.pid, images_root / "1")
+        await incdump.predump(two.pid, images_root / "2")
+        assert sorted(await incdump.untrack(None)) == sorted((one.pid, two.pid))
+        assert watched_vmas(one.pid) == watched_vmas(two.pid) == []
+
+
+async def test_a_process_that_exits_is_let_go(odd: Odd, images_root: Path) -> None:
+    (child,) = odd.do("fork")
+    await incdump.predump(odd.pid, images_root / "1")
+    assert sorted(tracked_pids()) == [odd.pid, child]
+    odd.do(f"reap {child}")
+    until(lambda: tracked_pids() == [odd.pid])
+
+
+async def test_two_dumps_of_one_process_at_once_are_refused(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    keeper = HolderKeeper()
+    try:
+        start_time = held_targets()[0]["start_time"]
+        lease = keeper.acquire(odd.pid, start_time)
+        for call in (chain.predump, chain.dump):
+            with pytest.raises(HolderError, match=f"another incdump is dumping process {odd.pid}"):
+                await call()
+        with pytest.raises(HolderError, match="another incdump"):
+            await incdump.untrack(odd.pid)
+        assert len(os.listdir(images_root)) == 1
+        lease.close()
+    finally:
+        keeper.close()
+    odd.do(f"poke {address} 4 2")
+    until(lambda: not held_targets()[0]["busy"])
+    await chain.predump()  # the loan that was never committed: nobody knows what it took
+    assert not chain.last.incremental
+    await chain.prove()
+
+
+async def test_of_two_dumps_started_together_at_least_one_is_right(odd: Odd, images_root: Path) -> None:
+    (address, _) = odd.do("anon 512")
+    odd.do(f"fill {address} 512 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    parent = chain.last.images_dir
+    for n in range(5):
+        odd.do(f"poke {address} 40 {n}")
+        calls = [incdump.predump(odd.pid, images_root / f"{n}{k}", parent=parent) for k in "abc"]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        good = [r for r in results if isinstance(r, incdump.DumpResult)]
+        assert good
+        assert all(isinstance(r, (incdump.DumpResult, HolderError)) for r in results), results
+        parent = good[-1].images_dir
+        chain.rounds.append(good[-1])
+    await chain.prove()
+
+
+def shout(data: bytes) -> None:
+    """Send the holder a datagram that it does not expect; it may hang up."""
+    sock = connect()
+    assert sock is not None
+    with sock, contextlib.suppress(OSError):
+        sock.settimeout(5)
+        sock.send(data)
+        sock.recv(65536)
+
+
+async def test_nonsense_does_not_end_it(odd: Odd, images_root: Path) -> None:
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    pid = holder_pid()
+    words = (
+        b"{", b"[]", b"null", b"\xff\xfe", b"{}", b'{"do": 5}', b'{"do": "acquire"}', b'{"do": "commit"}',
+        b'{"do": "acquire", "pid": "x", "start_time": 1}', b'{"do": "acquire", "pid": -1, "start_time": 1}',
+        b'{"do": "acquire", "pid": 1e99, "start_time": 1}', b'{"do": "forget", "pid": []}', b'{"do": "forget"}',
+        b'{"do": "acquire", "pid": 99999999999999999999, "start_time": 1}',
+        b'{"do": "renew", "pid": 2, "start_time": 1}', b'{"do": "commit", "pid": %d, "generation": "x"}' % odd.pid,
+        b'{"do": "hello"' + b" " * 100_000 + b"}", b"[" * 60_000,
+    )  # fmt: skip
+    for word in words:
+        shout(word)
+    assert holder_pid() == pid
+    assert tracked_pids() == [odd.pid]
+    await chain.predump()
+    assert chain.last.incremental
+    await chain.prove()
+
+
+async def test_descriptors_that_are_sent_to_it_are_not_kept(odd: Odd, images_root: Path) -> None:
+    await incdump.predump(odd.pid, images_root / "1")
+    pid = holder_pid()
+    assert pid is not None
+    before = len(open_fds(pid))
+    for _ in range(10):
+        sock = connect()
+        assert sock is not None
+        with sock, open("/dev/null", "rb") as null:
+            for message in (b'{"do": "hello"}', b"nonsense"):
+                with contextlib.suppress(OSError):
+                    socket.send_fds(sock, [message], [null.fileno()] * 3)
+                    sock.recv(65536)
+    until(lambda: len(open_fds(pid)) <= before)
+
+
+async def test_only_its_user_can_reach_it(odd: Odd, images_root: Path) -> None:
+    require_root()
+    await incdump.predump(odd.pid, images_root / "1")
+    path = Path(wire.socket_path())
+    assert path.stat().st_mode & 0o077 == 0
+    assert path.parent.stat().st_mode & 0o077 == 0
+    child = os.fork()
+    if not child:
+        sock = connect()  # connected as root, and handed on: it goes by who connects
+        os.seteuid(65534)
+        try:
+            wire.receive(sock) if sock is None else connect()
+        except OSError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+async def test_its_death_takes_all_protection_off(odd: Odd, images_root: Path) -> None:
+    await incdump.predump(odd.pid, images_root / "1")
+    assert watched_vmas(odd.pid)
+    kill_holder()
+    assert watched_vmas(odd.pid) == []
+    odd.do("ping")
+
+
+async def test_sigterm_ends_it(odd: Odd, images_root: Path) -> None:
+    await incdump.predump(odd.pid, images_root / "1")
+    pid = holder_pid()
+    assert pid is not None
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGTERM)
+        wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+    result = await incdump.predump(odd.pid, images_root / "2", parent="../1")
+    assert not result.incremental
+
+
+async def test_it_has_nothing_of_whoever_started_it(odd: Odd, images_root: Path) -> None:
+    with contextlib.suppress(AssertionError):
+        kill_holder()
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)
+    try:
+        await incdump.predump(odd.pid, images_root / "1")
+        pid = holder_pid()
+        assert pid is not None
+        os.close(writer)
+        wait_readable(reader)  # end of file: nobody else has the other end
+        assert os.read(reader, 1) == b""
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert os.getsid(pid) != os.getsid(0)
+        names = {os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)}
+        assert names <= {"/dev/null", f"{wire.runtime_dir()}/holder.log"}
+    finally:
+        os.close(reader)
