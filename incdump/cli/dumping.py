@@ -183,7 +183,7 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
     ]
     if s.pages_compared:
         lines.append(
-            Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash, for want of a tracker")
+            Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash")
         )
     if s.pages_untracked:
         lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "written whole: no tracker vouched for them"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,16 @@ class Ahead:
 
 
 def look_ahead(pid: int) -> Ahead | None:
-    """Read what would take long while the process is frozen; None if it is gone. Blocks."""
+    """Read what would take long while the process is frozen; None if it is gone. Blocks.
+
+    Both readings walk the page tables, so they are made side by side.
+    """
     try:
-        vmas = read_vmas(pid, flags=True)
-        return Ahead(vmas, _guard_regions(pid, vmas))
+        bounds = read_vmas(pid, flags=False)
+        with ThreadPoolExecutor(1) as beside:
+            guards = beside.submit(_guard_regions, pid, bounds)
+            vmas = read_vmas(pid, flags=True)
+        return Ahead(vmas, guards.result())
     except (OSError, TargetExited, NoSuchTarget):
         return None
 
