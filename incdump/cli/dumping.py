@@ -182,9 +182,7 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
         Fact("pages skipped", f"{skipped:,}", _parent_note(result)),
     ]
     if s.pages_compared:
-        lines.append(
-            Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash")
-        )
+        lines.append(Fact("pages compared", f"{s.pages_compared:,}", "read and compared by hash"))
     if s.pages_untracked:
         lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "written whole: no tracker vouched for them"))
     if s.pages_vanished:

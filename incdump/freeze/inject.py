@@ -45,7 +45,7 @@ from incdump.errors import (
 )
 from incdump.freeze.attach import attach
 from incdump.freeze.choice import Candidate, candidates, find_instruction, has_exited, is_gone
-from incdump.freeze.stops import held_signal, is_event_stop, is_syscall_stop, sleep_exactly, wait_for_stop
+from incdump.freeze.stops import held_signal, in_real_time, is_event_stop, is_syscall_stop, sleep_exactly, wait_for_stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -127,7 +127,8 @@ class _Work:
         collects = gc.isenabled()
         gc.disable()
         try:
-            self._try_each()
+            with in_real_time():
+                self._try_each()
         except BaseException as e:
             self.error = e
         finally:

@@ -17,7 +17,9 @@ This module is stdlib only: the small holder process uses it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -26,7 +28,7 @@ from incdump._uapi.libc import libc
 from incdump._uapi.ptrace import PTRACE_EVENT_STOP, SYSCALL_STOP, SigInfo, is_stopped, take_notification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SPIN = 40e-6
 """Seconds of looking at threads without a pause: one that runs on another processor stops within that."""
@@ -62,6 +64,25 @@ def held_signal(info: SigInfo) -> int:
 def sleep_exactly() -> None:
     """Have the calling thread's sleeps of 10 us last 10 us, and not 60 (timer slack)."""
     libc.prctl(_PR_SET_TIMERSLACK, *map(ctypes.c_ulong, (1, 0, 0, 0)))
+
+
+@contextlib.contextmanager
+def in_real_time() -> Iterator[None]:
+    """Run the calling thread before all that is not real-time, as far as we may (CAP_SYS_NICE), for some milliseconds.
+
+    Others stand still because of it. A target that computes, in a session (autogroup) of its own, was seen to keep its
+    tracer from its processor for seconds.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 class Backoff:

@@ -37,7 +37,7 @@ class Victim:
         with board.open("r+b") as file:
             self._board = mmap.mmap(file.fileno(), 4096)
         self.popen = subprocess.Popen(
-            [binary, board, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            [binary, board, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
         )
         self.pid = self.popen.pid
         assert self.popen.stdout is not None

@@ -236,9 +236,7 @@ def test_closed_standard_streams_are_filled_so_that_no_file_takes_their_place() 
 
 
 def test_a_name_that_the_output_encoding_lacks_is_shown_in_escapes() -> None:
-    code = (
-        "from incdump.cli import text, main; main._prepare_process(); text.show_facts('ü 日本', [text.Fact('a', '1')])"
-    )
+    code = "from incdump.cli import text, main; main._prepare_process(); text.show_table('ü 日本', ['a'], [['b']])"
     environ = {**environment(), "PYTHONIOENCODING": "latin-1:strict"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=ROOT, capture_output=True)
     assert done.stdout == b"\xfc \\u65e5\\u672c\n  a\n  b\n"
