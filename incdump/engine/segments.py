@@ -63,13 +63,22 @@ class MappedSegment:
     def __init__(self, segment: shmem.Segment) -> None:
         self._memories: dict[int, ProcessMemory] = {}
         self._mappings: list[tuple[Runs, ProcessMemory, int]] = []
+        self._populated = empty_runs()
+        try:
+            self._find_mappings(segment)
+        except BaseException:
+            self.close()
+            raise
+
+    def _find_mappings(self, segment: shmem.Segment) -> None:
         seen = empty_runs()
         for m in segment.mappings:
             offsets = run(m.pgoff, min(m.pgoff + m.end - m.start, segment.size))
             if not len(offsets) or np.array_equal(intersect(offsets, seen), offsets):
                 continue
-            memory = self._memories.setdefault(m.pid, ProcessMemory(m.pid))
-            self._mappings.append((offsets, memory, m.start - m.pgoff))
+            if m.pid not in self._memories:
+                self._memories[m.pid] = ProcessMemory(m.pid)
+            self._mappings.append((offsets, self._memories[m.pid], m.start - m.pgoff))
             seen = canonical(np.concatenate((seen, offsets)))
         self._populated = seen
 
@@ -140,6 +149,7 @@ class SegmentDump:
         self._image: PagesImage | None = None
         self._hashes = content.HashCollector(means.seed)
         self._compared = 0
+        self._counted = np.zeros(3, np.int64)
 
     def __repr__(self) -> str:
         return f"<SegmentDump {self.segment.id} {self.segment.name!r}>"
@@ -191,20 +201,27 @@ class SegmentDump:
 
     def count(self, classified: Classified, stats: DumpStats) -> None:
         """See `incdump.engine.pipeline.PageOwner`."""
-        stats.shpages_scanned += classified.scanned
-        stats.shpages_skipped_parent += classified.holes
-        stats.shpages_written += classified.pages
+        self._add(stats, classified.scanned, classified.holes, classified.pages)
+
+    def _add(self, stats: DumpStats, scanned: int, holes: int, pages: int) -> None:
+        stats.shpages_scanned += scanned
+        stats.shpages_skipped_parent += holes
+        stats.shpages_written += pages
+        self._counted += (scanned, holes, pages)
 
     def finish(self) -> None:
-        """Write the pagemap and the hashes. Blocks."""
+        """Write the pagemap and the hashes; nothing, if it turned out to be gone. Blocks."""
         if self._image is None:
             return
         stats = self._means.stats
+        if self.exited:
+            self._add(stats, *(-self._counted).tolist())
+            self._image.discard()
+            return
         failed = self._image.failed()
         gone = self._image.nr_pages - self._image.finish()
         stats.pages_vanished += gone
-        stats.shpages_written -= gone
-        stats.shpages_scanned -= gone
+        self._add(stats, -gone, 0, -gone)
         stats.pages_compared += self._compared
         table = self._hashes.table(drop=failed)
         self._means.images.write_raw(f"incdump-hashes-shmem-{self.segment.id}", table.encode())

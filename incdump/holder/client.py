@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from incdump import errors
 from incdump.holder import wire
+from incdump.proc.identity import Identity, boot_id, is_same
 
 START_TIMEOUT = 10.0
 """Seconds within which a new holder has to answer."""
@@ -212,6 +213,7 @@ class OwnKeeper:
     def __init__(self) -> None:
         self._held: dict[tuple[int, int], tuple[int, str | None]] = {}
         self._busy: set[tuple[int, int]] = set()
+        self._closed = False
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `Keeper.acquire`."""
@@ -225,9 +227,11 @@ class OwnKeeper:
             if uffd >= 0:
                 os.close(uffd)
             uffd, generation = fresh, None
+        duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
         self._held[key] = (uffd, None)
         self._busy.add(key)
-        duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+        if self._closed:  # meanwhile, or before
+            self.close()
         return Lease(pid, start_time, duplicate, generation, started, stopped)
 
     def commit(self, lease: Lease, generation: str | None) -> None:
@@ -238,14 +242,18 @@ class OwnKeeper:
         self._busy.discard(key)
 
     def release(self) -> None:
-        """End every loan that was not committed."""
+        """End every loan that was not committed, and let go of processes that have exited."""
         self._busy.clear()
+        for pid, start_time in list(self._held):
+            if not is_same(Identity(pid, start_time, boot_id())):
+                os.close(self._held.pop((pid, start_time))[0])
 
     def close(self) -> None:
         """Give up all tracking."""
-        for uffd, _generation in self._held.values():
-            os.close(uffd)
-        self._held.clear()
+        self._closed = True
+        while self._held:  # popitem is atomic: two threads may be at it
+            with contextlib.suppress(KeyError):
+                os.close(self._held.popitem()[1][0])
         self._busy.clear()
 
 

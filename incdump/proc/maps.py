@@ -99,10 +99,11 @@ def reread_vmas(pid: int, before: VmaTable | None) -> VmaTable:
     smaps walks the page tables, some 20 ms a GiB, which is long for a process that is kept stopped meanwhile.
 
     :param before: the table with flags of a moment ago. If maps shows the same mappings it is returned: flags that
-        were changed since without touching any bound (an madvise of a whole mapping) are then those of before.
+        were changed since without touching any bound (an madvise of a whole mapping) are then those of before. But
+        droppable mappings are not told from others in maps: with one of these, all is read again.
     :raises TargetError: as `read_vmas`.
     """
-    if before is not None:
+    if before is not None and not (before.flags & np.uint64(VmaFlag.DROPPABLE)).any():
         now = read_vmas(pid, flags=False)
         columns = ("start", "end", "prot", "shared", "pgoff", "dev", "inode")
         if now.names == before.names and all(np.array_equal(getattr(now, c), getattr(before, c)) for c in columns):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
+from incdump.errors import TargetExited
 from incdump.model.runs import PAGE_SIZE, Runs, canonical, empty_runs
 from incdump.model.runs import run as one_run
 from incdump.model.vmas import VmaKind, VmaTable
@@ -60,6 +61,7 @@ class Segment:
     :ivar size: bytes, page aligned: of the file if it can be opened, else up to where it is mapped.
     :ivar path: /proc path by which it can be opened, or None.
     :ivar mappings: who maps it where; never empty.
+    :ivar file: its device and inode number, as in `VmaTable`; None if they are not known.
     """
 
     id: int
@@ -68,6 +70,7 @@ class Segment:
     size: int
     path: str | None
     mappings: tuple[SegmentMapping, ...]
+    file: tuple[int, int] | None = None
 
     @property
     def is_sysv(self) -> bool:
@@ -75,13 +78,24 @@ class Segment:
         return self.name.startswith("/SYSV")
 
     def open(self) -> SegmentFile | None:
-        """Open it for reading, or None when that cannot be done (any more)."""
-        if self.path is None:
+        """Open it for reading, or None when that takes privileges that we do not have.
+
+        :raises TargetExited: it is mapped no more where it was.
+        """
+        denied = False
+        paths = [_map_file(mapping) for mapping in self.mappings]
+        for path in paths if self.path is None else [self.path, *paths]:
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                denied = denied or e.errno in (errno.EPERM, errno.EACCES)
+                continue
+            if self.file in (None, _file_of(fd)):  # else something else is mapped there by now
+                return SegmentFile(fd)
+            os.close(fd)
+        if denied:
             return None
-        try:
-            return SegmentFile(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
-            return None
+        raise TargetExited(f"shared memory {self.name} is mapped no more", path=self.path)
 
 
 def find_segments(tables: Mapping[int, VmaTable]) -> tuple[Segment, ...]:
@@ -106,8 +120,8 @@ def find_segments(tables: Mapping[int, VmaTable]) -> tuple[Segment, ...]:
         table, i, _ = rows[0]
         mappings = tuple(mapping for _, _, mapping in rows)
         path = _path_of(mappings, dev, inode, table.names[i])
-        size = _size_of(path, mappings)
-        segments.append(Segment(number, table.names[i], VmaKind(int(table.kind[i])), size, path, mappings))
+        name, kind = table.names[i], VmaKind(int(table.kind[i]))
+        segments.append(Segment(number, name, kind, _size_of(path, mappings), path, mappings, (dev, inode)))
     return tuple(sorted(segments, key=lambda segment: segment.id))
 
 
@@ -116,23 +130,36 @@ def _path_of(mappings: Iterable[SegmentMapping], dev: int, inode: int, name: str
     pids: dict[int, None] = {}
     for mapping in mappings:
         pids[mapping.pid] = None
-        path = f"/proc/{mapping.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
-        if _can_open(path):
+        path = _map_file(mapping)
+        if _can_open(path, (dev, inode)):
             return path
     if name.startswith("/memfd:"):
         for pid in pids:
             for path in _fd_paths(pid, dev, inode):
-                if _can_open(path):
+                if _can_open(path, (dev, inode)):
                     return path
     return None
 
 
-def _can_open(path: str) -> bool:
+def _map_file(mapping: SegmentMapping) -> str:
+    return f"/proc/{mapping.pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+
+
+def _can_open(path: str, file: tuple[int, int]) -> bool:
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
-    return True
+    try:
+        return _file_of(fd) == file
+    finally:
+        os.close(fd)
+
+
+def _file_of(fd: int) -> tuple[int, int]:
+    """Device and inode number of an open file."""
+    status = os.fstat(fd)
+    return os.major(status.st_dev) << 20 | os.minor(status.st_dev), status.st_ino
 
 
 def _fd_paths(pid: int, dev: int, inode: int) -> Iterable[str]:

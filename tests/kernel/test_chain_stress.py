@@ -1,6 +1,6 @@
 """Whole chains on a busy, self-checking tree: whatever it does, every page of the last dump is right.
 
-Each seed is a chain: at least five pre-dumps (with a dump among them now and then), a dump that leaves the tree stopped,
+Each seed is a chain: five pre-dumps or more (with a dump among them now and then), a dump that leaves the tree stopped,
 the oracle's verdict on every page, and on it goes. ``INCDUMP_SOAK_SECONDS`` makes `test_soak` as long as one likes; the
 seed of a chain that fails is in its message, ``INCDUMP_SOAK_SEED`` starts with it.
 """

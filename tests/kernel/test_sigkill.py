@@ -186,7 +186,7 @@ async def test_the_whole_process_group_killed_while_the_tree_is_frozen(
     for _ in range(5):
         where = chain.next_dir()
         command = Command("dump", target.pid, where, None)
-        until(lambda: is_traced(target.pid) or command.process.poll() is not None)
+        until(lambda process=command.process: is_traced(target.pid) or process.poll() is not None)
         command.kill()
         command.end()
         running_again(target)

@@ -385,7 +385,7 @@ async def test_an_open_o_direct_file_leaves_the_process_to_content(odd: Odd, ima
 
 
 async def test_a_tracker_that_was_passed_over_for_a_round_is_not_trusted_for_it(odd: Odd, images_root: Path) -> None:
-    """uffd-wp, then content because of an open file, then uffd-wp against the *first*: its answer is older than that."""
+    """uffd-wp, then content because of an open file, then uffd-wp on the *first*: its answer is older than that."""
     (address, _) = odd.do("anon 64")
     odd.do(f"fill {address} 64 1")
     chain = Chain(odd, images_root)
