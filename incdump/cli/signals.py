@@ -39,8 +39,7 @@ def run(job: Callable[[], Awaitable[T]]) -> T:
     """
     import anyio
 
-    # asyncio's own loop. A dump has a few hundred events: uvloop was measured to gain nothing on it.
-    return anyio.run(_until_signal, job)
+    return anyio.run(_until_signal, job, backend_options={"use_uvloop": True})
 
 
 async def _until_signal(job: Callable[[], Awaitable[T]]) -> T:

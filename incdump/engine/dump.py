@@ -14,9 +14,11 @@ lies between the two, so no cancellation can come between them either.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
+import signal
 import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Literal
@@ -88,7 +90,8 @@ async def dump(
 ) -> DumpResult:
     """Freeze a process tree and dump its memory, or what was written of it since the parent dump.
 
-    Parameters and errors are those of `predump`; ``options.afterwards`` says what becomes of the tree.
+    Parameters and errors are those of `predump`; ``options.afterwards`` says what becomes of the tree. If it is to be
+    killed, its images are complete before that, and are kept even if the call is cancelled in the very moment.
     """
     return await _with_holder("dump", pid, images_dir, parent, options, progress)
 
@@ -134,6 +137,7 @@ class DumpRun:
         self._processes: dict[tuple[int, int], ProcessDump] = {}
         self._segments: list[SegmentDump] = []
         self._gone: list[int] = []
+        self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
         if self._progress is not None:
@@ -155,15 +159,24 @@ class DumpRun:
             self._means = self._make_means(images)
             await self._dump(images)
         except BaseException:
-            for process in self._processes.values():
-                process.give_back()
-            images.discard()
+            if self._left is None or self._options.afterwards != "killed":
+                self._undo(images)
+            # else the images are whole, and all that is left of the tree.
             raise
         finally:
             for owner in self._all_owners():
                 owner.close()
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(images)
+
+    def _undo(self, images: NewImagesDir) -> None:
+        for process in self._processes.values():
+            process.give_back()
+        images.discard()
+        for task in self._left.tasks if self._left is not None else ():
+            if task.state_before != "T":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(task.pid, signal.SIGCONT)
 
     def _make_means(self, images: NewImagesDir) -> Means:
         log = soft_dirty.SoftDirtyLog(runtime_dir()) if self._tracker == soft_dirty.NAME else None
@@ -211,6 +224,7 @@ class DumpRun:
             self._tell("finishing")
             await in_thread(self._finish, images, metadata)
             if self._kind == "dump" and self._options.afterwards != "running":
+                self._left = frozen  # a cancellation does not hold the thawing up any more
                 await freezer.thaw(self._options.afterwards)
         self._commit()
 

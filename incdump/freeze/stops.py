@@ -33,12 +33,15 @@ if TYPE_CHECKING:
 SPIN = 40e-6
 """Seconds of looking at threads without a pause: one that runs on another processor stops within that."""
 FIRST_PAUSE = 10e-6
+MISSED = 200e-6
+"""Seconds after which to look even without a SIGCHLD: another thread may have got it."""
 SLOW = 2e-3
 """Seconds after which a stop takes so long that something may be in its way."""
 LONGEST_PAUSE = 1e-3
 """Seconds between looks at threads that take their time."""
 
 _PR_SET_TIMERSLACK = 29
+_STOPS = (4, 5)  # CLD_TRAPPED, CLD_STOPPED
 
 
 def is_event_stop(info: SigInfo) -> bool:
@@ -113,14 +116,27 @@ class Backoff:
 def wait_for_stop(tid: int, info: SigInfo, timeout: float, is_gone: Callable[[], bool]) -> bool:
     """Wait until a seized thread is stopped; `info` then tells how.
 
+    The calling thread has to have SIGCHLD blocked: the kernel then wakes it with that signal, and the processor is free
+    meanwhile for the very thread that is waited for.
+
     :param timeout: seconds.
     :param is_gone: asked now and then, whether the thread has exited.
     :returns: False: not stopped in time, or gone.
     """
-    backoff = Backoff()
+    began = time.monotonic()
+    # With a handler the signal is for that one; ignored, there is none.
+    sleep = _sleep_until_sigchld if signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL else time.sleep
     while not is_stopped(tid, info):
-        elapsed = backoff.pause()
+        elapsed = time.monotonic() - began
         if elapsed > SLOW and (elapsed > timeout or is_gone()):
             return False
+        sleep(min(LONGEST_PAUSE, max(MISSED if sleep is _sleep_until_sigchld else FIRST_PAUSE, elapsed / 4)))
     take_notification(tid)
     return True
+
+
+def _sleep_until_sigchld(seconds: float) -> None:
+    """Sleep until a traced thread has stopped, or for so long; the death of a child is left to others to hear of."""
+    notice = signal.sigtimedwait((signal.SIGCHLD,), seconds)
+    if notice is not None and notice.si_code not in _STOPS:
+        os.kill(os.getpid(), signal.SIGCHLD)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import anyio
 
-from incdump.freeze.stops import in_real_time, sleep_exactly
+from incdump.freeze.stops import sleep_exactly
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ class _Job:
     def run(self) -> None:
         """In the thread."""
         try:
-            with in_real_time(), _gil_in_turn():
+            with _gil_in_turn():
                 self.result = self.call()
         except BaseException as e:
             self.error = e

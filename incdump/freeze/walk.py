@@ -33,7 +33,7 @@ from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.attach import attach, is_ours
 from incdump.freeze.choice import has_exited, read_thread_stat
-from incdump.freeze.stops import SLOW, Backoff, held_signal, is_group_stop
+from incdump.freeze.stops import SLOW, Backoff, held_signal, in_real_time, is_group_stop
 from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
 
 if TYPE_CHECKING:
@@ -338,7 +338,8 @@ class TreeWalk:
         if afterwards != "running":
             self._signal(processes, signal.SIGSTOP if afterwards == "stopped" else signal.SIGKILL)
         if afterwards != "killed":
-            self._let_go([thread for process in reversed(processes) for thread in process.threads.values()])
+            with in_real_time():  # the threads let go first are not to keep us from letting go of the others
+                self._let_go([thread for process in reversed(processes) for thread in process.threads.values()])
         done = time.monotonic_ns()
         if afterwards == "killed":
             self._await_death(processes)

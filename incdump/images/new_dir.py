@@ -26,7 +26,9 @@ INVENTORY = "inventory.img"
 PARENT = "parent"
 SIDECAR = "incdump.json"
 _UNFINISHED_INVENTORY = "inventory.img.unfinished"
-_IMAGE_NAME = re.compile(r".*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump[.-].*", re.DOTALL)
+_IMAGE_NAME = re.compile(
+    r".*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump\.json|incdump-hashes-.*", re.DOTALL
+)
 
 
 class NewImagesDir:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from dataclasses import dataclass
 from functools import cache
 
@@ -141,6 +142,22 @@ def open_pidfd(pid: int) -> int:
         if e.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
             raise no_such_target(pid, e.errno) from None
         raise
+
+
+def stays_leaderless(pid: int) -> bool:
+    """Whether a process goes on without its main thread.
+
+    For a moment every process with threads looks like that while it exits, or calls execve(2) from another thread: so
+    this waits for up to a quarter of a second. Blocks.
+    """
+    for _ in range(50):
+        try:
+            if not read_stat(pid).is_leaderless:
+                return False
+        except ProcessLookupError:
+            return False
+        time.sleep(0.005)
+    return True
 
 
 def leaderless(pid: int) -> TargetUnsuitable:

@@ -13,7 +13,6 @@ columns become numbers without a Python object for each.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from incdump.errors import NoSuchTarget, TargetDenied, TargetExited
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
-from incdump.proc.identity import leaderless, read_stat
+from incdump.proc.identity import leaderless, stays_leaderless
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,9 +84,8 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
     except ProcessLookupError as e:
         raise TargetExited(f"process {pid} exited while it was being read", pid=pid, errno=e.errno) from None
     if not text:
-        with suppress(ProcessLookupError):
-            if read_stat(pid).is_leaderless:
-                raise leaderless(pid)
+        if stays_leaderless(pid):
+            raise leaderless(pid)
         raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
     parse = parse_smaps if flags else parse_maps
     return parse(text, shmem_dev=shmem_dev())

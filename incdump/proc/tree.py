@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsuitable
-from incdump.proc.identity import PF_KTHREAD, Stat, leaderless, no_such_target, read_proc, read_stat
+from incdump.proc.identity import PF_KTHREAD, Stat, leaderless, no_such_target, read_proc, read_stat, stays_leaderless
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +116,7 @@ def _check_suitable(pid: int, stat: Stat) -> None:
         raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to dump", pid=pid)
     if stat.is_dead:
         raise TargetUnsuitable(f"process {pid} is a zombie: its parent {stat.ppid} has yet to reap it", pid=pid)
-    if stat.is_leaderless:
+    if stat.is_leaderless and stays_leaderless(pid):
         raise leaderless(pid)
     if pid == os.getpid():
         raise TargetUnsuitable(f"process {pid} is incdump itself: run incdump outside of the target", pid=pid)

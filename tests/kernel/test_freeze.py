@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from incdump._uapi import ptrace
 from incdump.errors import (
     AlreadyTraced,
     FreezeTimeout,
@@ -157,6 +158,18 @@ async def test_a_process_whose_leader_has_exited_is_frozen(victim: START) -> Non
 
 
 @pytest.mark.asyncio
+async def test_a_kernel_worker_among_the_threads_is_frozen_too(victim: START) -> None:
+    target = victim("shapes", "io worker")
+    async with Freezer() as freezer:
+        for _ in range(10):
+            frozen = await freezer.freeze(target.pid)
+            assert len(frozen.tasks[0].tids) == 2
+            assert runs_nowhere(target)
+            await freezer.thaw()
+    is_free(target)
+
+
+@pytest.mark.asyncio
 async def test_a_zombie_child_is_passed_over(victim: START) -> None:
     target = victim("shapes", "zombie child")
     async with Freezer() as freezer:
@@ -256,6 +269,31 @@ async def test_signals_are_delivered_exactly_once(victim: START) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_signal_on_its_way_when_a_thread_is_stopped_is_passed_on(
+    victim: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = victim("signals")
+    interrupt = ptrace.interrupt
+    sent = 0
+
+    def signal_first(tid: int) -> None:
+        nonlocal sent
+        sent += 1
+        _queue(target.pid, sent)
+        target.wait_until(lambda: target.state() == "t")  # in signal-delivery-stop
+        interrupt(tid)
+
+    monkeypatch.setattr(ptrace, "interrupt", signal_first)
+    async with Freezer() as freezer:
+        for _ in range(10):
+            await freezer.freeze(target.pid)
+            assert target.value(1) == sent - 1
+            await freezer.thaw()
+            target.wait_until(lambda: target.value(1) == sent)
+    target.finish()
+
+
+@pytest.mark.asyncio
 async def test_signals_that_meet_the_seizing_are_delivered_exactly_once(victim: START) -> None:
     target = victim("signals")
     stop = threading.Event()
@@ -320,14 +358,18 @@ async def test_cancelled_anywhere_nothing_stays_frozen(victim: START, kind: str)
 async def test_a_cancelled_freeze_is_undone_within_the_block(victim: START) -> None:
     target = victim("shapes", "threads", 300)
     async with Freezer() as freezer:
-        for delay in (0, 0.0002, 0.001, 0.002, 0.004):
-            with anyio.move_on_after(delay):
+        cancelled = 0
+        for delay in (0, 0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008):
+            with anyio.move_on_after(delay) as scope:
                 await freezer.freeze(target.pid)
-                await anyio.sleep(1)
-            await freezer.thaw()
+            cancelled += scope.cancelled_caught
+            if not scope.cancelled_caught:
+                await freezer.thaw()
+            target.wait_until(lambda: tracer_of(target.pid) == 0)
             is_free(target)
             await freezer.freeze(target.pid)
             await freezer.thaw()
+    assert cancelled
 
 
 @pytest.mark.asyncio

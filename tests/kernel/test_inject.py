@@ -194,6 +194,29 @@ def test_signals_that_come_meanwhile_are_delivered_exactly_once_and_as_sent(vict
     target.finish()  # sees its mask, its handlers and an ignored SIGTRAP as they were, too
 
 
+def test_a_signal_on_its_way_when_the_thread_is_stopped_is_delivered_first(
+    victim: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = victim("signals")
+    interrupt = ptrace.interrupt
+    sent = 0
+
+    def signal_first(tid: int) -> None:
+        nonlocal sent
+        if tracer_of(target.pid) and target.state() != "t":
+            sent += 1
+            queue(target.pid, sent)
+            target.wait_until(lambda: target.state() == "t")  # in signal-delivery-stop
+        interrupt(tid)
+
+    monkeypatch.setattr(ptrace, "interrupt", signal_first)
+    for i in range(1, 11):
+        inject_once(target.pid)
+        assert sent == i
+        target.wait_until(lambda: target.value(1) == sent)
+    target.finish()
+
+
 def test_a_storm_of_signals_is_delivered_exactly_once(victim: START) -> None:
     target = victim("signals")
     stop = threading.Event()
@@ -372,6 +395,14 @@ def test_an_interrupt_of_the_caller_waits_for_the_injection_to_end(victim: START
     assert sorted(os.listdir("/proc/self/fd")) == before
     is_free(target)
     target.finish()
+
+
+def test_a_kernel_worker_is_never_chosen(victim: START) -> None:
+    target = victim("shapes", "io worker")
+    assert len(os.listdir(f"/proc/{target.pid}/task")) == 2
+    assert [candidate.tid for candidate in candidates(target.pid)] == [target.pid]
+    inject_once(target.pid)
+    is_free(target)
 
 
 def test_a_process_whose_leader_has_exited_is_injected(victim: START) -> None:

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.kernel
 
 HEAVY = (
     "rich",
-    "uvloop",
     "aiofiles",
     "google.protobuf",
     "hypothesis",

@@ -96,6 +96,13 @@ int main(int argc, char **argv)
         beat();
         pauses(NULL);
     }
+    if (!strcmp(shape, "io worker")) { /* a thread of the kernel's, which is among the process's threads */
+        uint32_t params[30] = {0, 0, 2 /* IORING_SETUP_SQPOLL */, 0, 1000};
+        if (syscall(425 /* io_uring_setup */, 8, params) < 0)
+            return 77;
+        ready();
+        beats(NULL);
+    }
     if (!strcmp(shape, "spawner")) { /* posix_spawn-like: vfork and exec, all the time */
         ready();
         while (!board->quit) {
