@@ -102,10 +102,11 @@ class Watch:
         self._close_pagemap()
         try:
             self._pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+            start_time = read_stat(pid).start_time
         except (FileNotFoundError, ProcessLookupError) as error:
             raise TargetExited(f"process {pid} exited", pid=pid, errno=error.errno) from None
         # The descriptor keeps to the address space that it was opened on, so this holds from here on.
-        if read_stat(pid).start_time != self.task.start_time:
+        if start_time != self.task.start_time:
             raise TargetExited(f"process {pid} exited, and another one has its pid", pid=pid)
 
     def _entrust(self, *, renew: bool = False) -> None:

@@ -103,9 +103,16 @@ class Chain:
         return await self.round("dump", options, parent)
 
     async def prove(self, options: DumpOptions | None = None, *, check: bool = True) -> oracle.Report:
-        """A last dump, compared page by page with the tree as it stands; then the tree goes on and checks itself."""
-        await self.dump(replace(options or self.options, afterwards="stopped"))
-        pids = oracle.tree(self.target.pid)
+        """A last dump, compared page by page with the tree as it stands; then the tree goes on and checks itself.
+
+        A thread in vfork(2) does not stop, it hangs on its child: then the tree goes on a bit, and is dumped once more.
+        """
+        while True:
+            await self.dump(replace(options or self.options, afterwards="stopped"))
+            pids = oracle.tree(self.target.pid)
+            if not any("D" in oracle.states(pid) for pid in pids.values()):
+                break
+            carry_on(pids.values())
         try:
             report = oracle.compare(self.last.images_dir, pids)
             incdump.check(self.last.images_dir)
