@@ -141,6 +141,19 @@ def same_when_stopped(target: Target, images: str | Path) -> oracle.Report:
         return oracle.compare(images, pids)
 
 
+def rest(target: Target) -> None:
+    """Wait until nothing of a tree runs: it has answered before its threads have gone to sleep."""
+
+    def sleeps() -> bool:
+        for pid in target.tree():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if not oracle.states(pid) <= set("SDTtZX"):
+                    return False
+        return True
+
+    until(lambda: sleeps() and sleeps())
+
+
 def assert_untouched(target: Target) -> None:
     """Every process of the tree runs: not stopped, not traced."""
     for pid in target.tree():
@@ -227,11 +240,12 @@ class Odd(build.Target):
         super().__init__([*prefix, str(build_victim("odd")), *arguments])
 
     def do(self, text: str) -> list[int]:
-        """A command; its numbers. Skips the test when the kernel cannot do it."""
+        """A command; its numbers. Skips the test when the kernel cannot do it. It rests then."""
         answer = self.command(text)
         if answer.startswith("no "):
             pytest.skip(f"not on this machine: {text}: {answer[3:]}")
         assert answer.startswith("ok"), answer
+        rest(self)
         return [int(word, 0) for word in answer.split()[1:]]
 
     def check(self) -> None:

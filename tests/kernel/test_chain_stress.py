@@ -18,7 +18,7 @@ import incdump
 from incdump import kerndat
 from incdump.model.options import DumpOptions
 from tests import oracle
-from tests.kernel.support import Chain, require_tracker, same_when_stopped
+from tests.kernel.support import Chain, require_tracker, rest, same_when_stopped
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ async def test_each_pre_dump_of_a_resting_tree_is_exact_by_itself(
     chain = Chain(target, images_root, DumpOptions(pagemap=reader))
     for _ in range(6):
         target.step(25)
+        rest(target)
         await chain.predump()
         report = same_when_stopped(target, chain.last.images_dir)
         assert report.ok, report
@@ -139,6 +140,7 @@ async def _soak(target: Target, root: Path, rng: random.Random, steps: bool, tra
             session.options = chain.options
             if steps:
                 target.step(rng.randint(1, 60))
+                rest(target)
             if n == "prove":
                 await chain.prove()
                 continue
@@ -188,6 +190,7 @@ async def test_the_proof_fails_on_one_wrong_page(churn: Callable[..., Target], i
     """The comparison itself: a byte changed behind the tracker's back is found."""
     target = churn(seed=41, mib=4)
     target.step(50)
+    rest(target)
     chain = Chain(target, images_root)
     await chain.predump()
     with oracle.stopped_tree(target.pid) as pids:

@@ -108,6 +108,7 @@ def running_again(target: Target) -> None:
     until(holds)
 
 
+@pytest.mark.timeout(1200)
 async def test_incdump_killed_at_random_moments(churn: Callable[..., Target], images_root: Path) -> None:
     require_tracker("uffd-wp")
     seed = random.SystemRandom().randrange(1 << 30)

@@ -6,10 +6,12 @@ wrong page.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pkgutil
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 
+PAGE = 4096
 READERS = ("scan", "cache")
 MADV_DONTNEED, MADV_PAGEOUT, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 21, 14, 25
 
@@ -553,3 +556,97 @@ async def test_a_stopped_target_is_dumped_and_stays_stopped(odd: Odd, images_roo
 
 async def test_a_32_bit_target_is_compared_by_content() -> None:
     pytest.skip("there is no 32-bit program on x86_64 machines without gcc -m32")
+
+
+# --- what changes between one step of a round and the next ----------------------------------------------------------
+
+
+class Between:
+    """Has the target do something at the very moment when a step of a round has just ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, act: Callable[[], object]) -> None:
+        module, _, attribute = name.rpartition(".")
+        owner = pkgutil.resolve_name(module.replace(".Watch", ":Watch").replace(".ProcessDump", ":ProcessDump"))
+        step = getattr(owner, attribute)
+        self.times = 0
+
+        def then(*args: Any, **options: Any) -> Any:
+            result = step(*args, **options)
+            self.times += 1
+            if self.times == 1:
+                act()
+            return result
+
+        monkeypatch.setattr(owner, attribute, then)
+
+
+CHANGES = {
+    "grows": ("grow {a} 64 96", "fill {end} 32 5"),
+    "is unmapped": ("unmap {a} 32",),
+    "is replaced": ("at {a} 32 0", "fill {a} 32 6"),
+    "is replaced by droppable memory": ("at {a} 32 1", "fill {a} 32 6"),
+    "is replaced by shared memory": ("unmap {a} 64", "shared 64"),
+    "is split": ("prot {a} 16 1", "unmap {mid} 8"),
+    "is dropped and written": ("advise {a} 64 4", "fill {a} 20 7"),
+    "moves": ("move {a} 64", "at {a} 64 0", "fill {a} 9 8"),
+    "is written": ("poke {a} 64 9",),
+    "calls fork": ("fork", "poke {a} 8 9"),
+    "opens a file with O_DIRECT": ("direct 4",),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("step", ["watch.Watch.open", "watch.Watch.begin", "process.ProcessDump.classify"])
+async def test_memory_that_changes_during_a_round_is_right_by_the_next(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch, step: str, change: str, reader: str
+) -> None:
+    (address, _) = odd.do("anon 96")
+    odd.do(f"unmap {address + 64 * PAGE} 32")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+    await chain.predump()
+    odd.do(f"poke {address} 48 2")
+    places = {"a": address, "mid": address + 24 * PAGE, "end": address + 64 * PAGE}
+    with monkeypatch.context() as patch:
+        between = Between(
+            patch, f"incdump.engine.{step}", lambda: [odd.do(text.format(**places)) for text in CHANGES[change]]
+        )
+        await chain.predump()
+        assert between.times
+    incdump.check(chain.last.images_dir)
+    await chain.predump()
+    report = same_when_stopped(odd, chain.last.images_dir)
+    assert report.ok, report
+    await chain.prove()
+
+
+@pytest.mark.parametrize("reader", READERS)
+async def test_exec_during_a_round_is_right_by_the_next(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    for step in ("open", "begin"):
+        chain = Chain(odd, images_root / step, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
+        await chain.predump()
+        with monkeypatch.context() as patch:
+            Between(patch, f"incdump.engine.watch.Watch.{step}", lambda: odd.command("exec"))
+            with contextlib.suppress(incdump.TargetError):
+                await chain.predump()
+        await chain.predump()
+        assert same_when_stopped(odd, chain.last.images_dir).ok
+        await chain.prove()
+
+
+async def test_pages_that_vanish_before_they_are_read_are_counted(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (address, _) = odd.do("anon 64")
+    odd.do(f"fill {address} 64 1")
+    chain = Chain(odd, images_root)
+    Between(
+        monkeypatch, "incdump.engine.process.ProcessDump.classify", lambda: odd.do(f"unmap {address + 8 * PAGE} 16")
+    )
+    await chain.predump()
+    assert chain.last.stats.pages_vanished == 16
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()

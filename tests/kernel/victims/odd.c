@@ -8,7 +8,7 @@
  *   anon · droppable · shared · memfd · sysv · file · hugetlb PAGES     a new mapping: ok ADDR [FD]
  *   private FD PAGES                a private mapping of an open file: ok ADDR
  *   at ADDR PAGES 0|1               a new anonymous (1: droppable) mapping in place of whatever is there
- *   unmap ADDR PAGES · move ADDR PAGES: ok ADDR · prot ADDR PAGES BITS · advise ADDR PAGES NUMBER
+ *   unmap ADDR PAGES · grow ADDR PAGES PAGES · move ADDR PAGES: ok ADDR · prot ADDR PAGES BITS · advise ADDR PAGES NUMBER
  *   pwrite FD PAGE SEED · truncate FD PAGES · close FD
  *   direct PAGES: ok FD             a file with contents, open with O_DIRECT
  *   pread FD ADDR PAGES             read(2) into memory
@@ -360,6 +360,8 @@ static void obey(char *line)
 			  (n[3] ? MAP_DROPPABLE : MAP_PRIVATE) | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED ? -1 : 0, "mmap");
 	else if (!strcmp(name, "unmap"))
 		done(munmap((void *)n[1], n[2] * PAGE), "munmap");
+	else if (!strcmp(name, "grow"))
+		done(mremap((void *)n[1], n[2] * PAGE, n[3] * PAGE, 0) == MAP_FAILED ? -1 : 0, "mremap");
 	else if (!strcmp(name, "move")) {
 		char *to = mmap(NULL, n[2] * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		ok("%#lx", (ul)mremap((void *)n[1], n[2] * PAGE, n[2] * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to));
