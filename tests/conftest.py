@@ -30,6 +30,16 @@ pytest_plugins = ("pytester", "tests.require_all")
 MARK = "INCDUMP_TEST_SESSION"
 
 
+def _take_signals() -> None:
+    """Where tests run in the background, these are ignored, and every process that they start would inherit that."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+_take_signals()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_dir() -> Iterator[Path]:
     """The session's private INCDUMP_RUNTIME_DIR."""

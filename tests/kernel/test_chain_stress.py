@@ -48,7 +48,7 @@ async def test_a_chain_on_a_busy_tree_is_exact(
 ) -> None:
     require_tracker(tracker)
     require_reader(reader)
-    target = churn(seed=READERS.index(reader) + 11, threads=3, processes=2, mib=8, free_run=True)
+    target = churn(seed=READERS.index(reader) + 11, threads=3, processes=2, mib=8, free_run=True, dirty_rate=20000)
     chain = Chain(target, images_root, DumpOptions(tracker=tracker, pagemap=reader))
     for _ in range(5):
         await chain.predump()
@@ -86,7 +86,7 @@ async def test_each_pre_dump_of_a_resting_tree_is_exact_by_itself(
 ) -> None:
     """At rest is what SIGSTOP has stopped: a target that has said "ok" still has threads on their way to sleep."""
     require_reader(reader)
-    target = churn(seed=31, threads=2, processes=2, mib=8)
+    target = churn(seed=31, threads=2, processes=2, mib=4)
     chain = Chain(target, images_root, DumpOptions(pagemap=reader))
     for _ in range(6):
         target.step(25)
@@ -157,7 +157,7 @@ async def _soak(target: Target, root: Path, rng: random.Random, steps: bool, tra
 @pytest.mark.timeout(0)
 @pytest.mark.asyncio
 async def test_soak(images_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = float(os.environ.get("INCDUMP_SOAK_SECONDS", "25"))
+    seconds = float(os.environ.get("INCDUMP_SOAK_SECONDS", "15"))
     seed = int(os.environ.get("INCDUMP_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
     first, deadline = seed, time.monotonic() + seconds
     working = [t for t in ("uffd-wp", "uffd-wp", "uffd-wp", "content") if _works(t)]

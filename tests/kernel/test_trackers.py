@@ -324,7 +324,7 @@ async def test_aio_rings_are_dumped_whole(odd: Odd, images_root: Path) -> None:
 
 async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> None:
     require_root()
-    with huge_pages(4):
+    with huge_pages(16):  # others may take some
         (address, _) = odd.do("hugetlb 1024")
         odd.do(f"fill {address} 600 1")
         chain = await rounds(odd, images_root, f"poke {address} 3 1", f"poke {address} 300 2")
