@@ -101,7 +101,7 @@ async def test_cancelled_at_random_moments(
     seed = random.SystemRandom().randrange(1 << 30)
     rng = random.Random(seed)
     print(f"seed {seed}")
-    target = churn(seed=71, threads=2, processes=2, mib=4, free_run=True, dirty_rate=5000)
+    target = churn(seed=71, threads=2, processes=2, mib=4, free_run=True, dirty_rate=1500)
     options = DumpOptions(tracker=tracker)
     async with incdump.Session(target.pid, options) as session:
         chain = Chain(target, images_root, options, session if own else None)

@@ -114,7 +114,7 @@ async def test_incdump_killed_at_random_moments(churn: Callable[..., Target], im
     seed = random.SystemRandom().randrange(1 << 30)
     rng = random.Random(seed)
     print(f"seed {seed}")
-    target = churn(seed=61, threads=3, processes=2, mib=8, free_run=True, dirty_rate=5000)
+    target = churn(seed=61, threads=3, processes=2, mib=8, free_run=True, dirty_rate=1500)
     chain = Chain(target, images_root)
     seconds = typical(chain, target)
     killed = whole = 0
@@ -148,7 +148,7 @@ async def test_the_holder_killed_at_random_moments(
     seed = random.SystemRandom().randrange(1 << 30)
     rng = random.Random(seed)
     print(f"seed {seed}")
-    target = churn(seed=62, threads=2, processes=2, mib=8, free_run=True, dirty_rate=5000)
+    target = churn(seed=62, threads=2, processes=2, mib=8, free_run=True, dirty_rate=1500)
     chain = Chain(target, images_root)
     seconds = typical(chain, target)
     for n in range(HOLDER_KILLS):
