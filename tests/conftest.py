@@ -2,8 +2,8 @@
 
 - `churn`, `rewriter`: factories of target processes (tests/targets/build.py); what they started is ended with the test.
 - `images_root`: a directory on disk, mode 0700, for images dirs.
-- Every session has its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket is), and fails if a process that it
-  started, directly or not, is left at the end.
+- Every session has a few huge pages for its targets, and its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket
+  is); it fails if a process that it started, directly or not, is left at the end.
 - ``INCDUMP_REQUIRE_ALL=1`` turns skipped tests into failures (tests/require_all.py).
 """
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 pytest_plugins = ("pytester", "tests.require_all")
 
 MARK = "INCDUMP_TEST_SESSION"
+HUGE_PAGES = 4
+"""Fewer than the targets ask for: they are to see an empty pool as well."""
 
 
 def _take_signals() -> None:
@@ -86,6 +88,20 @@ def no_process_is_left(runtime_dir: Path) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pytest.fail(f"the tests left processes behind: {text}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def huge_pages() -> Iterator[None]:
+    """A few huge pages for targets that want some, where they can be had; the pool is left as it was found."""
+    pool = Path("/proc/sys/vm/nr_hugepages")
+    try:
+        before = pool.read_text()
+        pool.write_text(str(int(before) + HUGE_PAGES))
+    except OSError:
+        yield
+        return
+    yield
+    pool.write_text(before)
 
 
 @pytest.fixture

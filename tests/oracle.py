@@ -328,6 +328,11 @@ class Vma:
         return self.perms[3] == "s" and bool(re.match(r"/dev/zero \(deleted\)|/memfd:|/SYSV", self.name))
 
     @property
+    def file(self) -> bool:
+        """Whether pages that it lacks are a file's (anonymous huge pages have an inode, and nothing in it)."""
+        return self.inode != 0 and not self.name.startswith("/anon_hugepage")
+
+    @property
     def private(self) -> bool:
         """Whether its pages belong into pagemap-PID.img at all."""
         if self.name in ("[vvar]", "[vvar_vclock]", "[vsyscall]") or "dp" in self.flags:
@@ -510,7 +515,7 @@ def _compare_required(table: PageTable, pid: int, vma: Vma, required: Array, rep
         report.add("unreadable", pid, int(vaddr), _describe(vma))
     absent = readable & ~have
     # In a private mapping of a file, a page that is absent is restored from the file: not as zeros.
-    zero = absent & ~actual.any(axis=1) & (vma.inode == 0)
+    zero = absent & ~actual.any(axis=1) & (not vma.file)
     report.absent_zero += int(zero.sum())
     for vaddr in required[absent & ~zero]:
         report.add("missing", pid, int(vaddr), _describe(vma))

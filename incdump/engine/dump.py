@@ -44,6 +44,7 @@ from incdump.model.runs import PAGE_SIZE
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import boot_id
 from incdump.proc.pagemap import make_reader
+from incdump.proc.sharing import may_share_pages
 from incdump.proc.tree import check_target, process_tree
 from incdump.tracking import content, soft_dirty
 
@@ -137,6 +138,7 @@ class DumpRun:
         self._processes: dict[tuple[int, int], ProcessDump] = {}
         self._segments: list[SegmentDump] = []
         self._gone: list[int] = []
+        self._may_share: set[int] = set()
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -292,15 +294,21 @@ class DumpRun:
         return [self._processes[key] for key in tasks]
 
     def _prepare_tree(self) -> None:
-        for process in self._find_tree():
+        processes = self._find_tree()
+        self._may_share = may_share_pages(process.task for process in processes)
+        for process in processes:
             self._prepare(process)
             if self._kind == "dump":
                 process.ahead = look_ahead(process.task.pid)
 
     def _take_up_frozen(self) -> None:
-        for process in self._find_tree():
+        processes = self._find_tree()
+        forked = {pid for p in processes if p.task.forked for pid in (p.task.pid, p.task.ppid)}
+        for process in processes:
             known = process.prepared
-            process.freeze(process.task)
+            # A process that runs on while it is read may fork at any moment.
+            may_share = self._kind == "pre-dump" or not known or process.task.pid in forked | self._may_share
+            process.freeze(process.task, may_share=may_share)
             if not known:
                 self._check_incremental(process)
 

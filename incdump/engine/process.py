@@ -116,10 +116,11 @@ class ProcessDump:
             return
         self.incremental = self._parent is not None and self._watch.is_about(self._parent)
 
-    def freeze(self, task: Task) -> None:
+    def freeze(self, task: Task, *, may_share: bool) -> None:
         """The process is frozen from now on: look at it afresh. Blocks.
 
         :param task: what it is by now.
+        :param may_share: see `ProcessMemory`.
         """
         known, self.prepared = self.prepared, True
         self.task = self._watch.task = task
@@ -128,7 +129,7 @@ class ProcessDump:
         self.exited = False
         try:
             self._watch.open_frozen()
-            self._memory = ProcessMemory(task.pid)
+            self._memory = ProcessMemory(task.pid, may_share=may_share)
         except (TargetExited, NoSuchTarget):
             self.exited = True
         self.incremental = self.incremental and known

@@ -18,6 +18,8 @@ from incdump.errors import NoSuchTarget, TargetUnsuitable
 
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
+PF_FORKNOEXEC = 0x00000040
+"""Another one: it was forked, and has not called exec since."""
 
 
 @dataclass(frozen=True, slots=True)

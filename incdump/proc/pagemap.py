@@ -44,7 +44,7 @@ from incdump import kerndat
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING, pagemap_scan
 from incdump.errors import TargetExited
 from incdump.model.regions import PageIs, Window
-from incdump.model.runs import PAGE_SHIFT, Regions, Runs, page_count
+from incdump.model.runs import PAGE_SHIFT, Regions, Runs, page_addresses, page_count
 from incdump.model.vmas import VmaKind, VmaTable
 from incdump.proc.pme import POPULATED, clip_to, regions_of_pmes
 
@@ -151,6 +151,25 @@ def _read_pmes(fd: int, segments: Runs, buffer: NDArray[np.uint64]) -> NDArray[n
             position += n
             offset += n
     return buffer[: position >> 3]
+
+
+def pmes_at(pagemap_fd: int, runs: Runs) -> NDArray[np.uint64]:
+    """The PMEs of some pages, read in windows as `CacheReader` does.
+
+    :param runs: canonical, of no more than some thousand pages; all else in between is read along.
+    :returns: an entry for each page, shape (pages,).
+    :raises TargetExited: the address space is gone.
+    """
+    windows = pieces(join_near(runs))
+    sizes = ((windows[:, 1] - windows[:, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    pmes = _read_pmes(pagemap_fd, windows, np.empty(int(sizes.sum()), np.uint64))
+    pages = page_addresses(runs)
+    if len(pages) == len(pmes):
+        return pmes
+    window = windows[:, 0].searchsorted(pages, "right") - 1
+    first = np.cumsum(sizes) - sizes
+    at: NDArray[np.int64] = first[window] + ((pages - windows[window, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    return pmes.take(at)
 
 
 def _gone() -> TargetExited:

@@ -1,9 +1,9 @@
 """Pagemap entries (PMEs) to regions, and regions cut to what is wanted: arrays in, arrays out.
 
 A PME is the u64 that /proc/PID/pagemap has for a page (Documentation/admin-guide/mm/pagemap.rst): bit 63 present,
-62 swapped, 61 of a file, 58 guard page (Linux 6.15), 57 write-protected by userfaultfd, 55 soft-dirty; below that the
-frame number, or swap type and offset, both zero to who lacks CAP_SYS_ADMIN. Here they become the categories of
-PAGEMAP_SCAN, `PageIs`. WPALLOWED and HUGE cannot be told from a PME.
+62 swapped, 61 of a file, 58 guard page (Linux 6.15), 57 write-protected by userfaultfd, 56 mapped once, 55 soft-dirty;
+below that the frame number, or swap type and offset, both zero to who lacks CAP_SYS_ADMIN. Here they become the
+categories of PAGEMAP_SCAN, `PageIs`. WPALLOWED and HUGE cannot be told from a PME.
 
 A PME in "swap" of type 31 is no swap but a marker. One that has only the uffd-wp bit stands for a page that was never
 there, in a range that was write-protected, and is dropped where it can be recognised.
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 POPULATED = PageIs.PRESENT | PageIs.SWAPPED
+
+MAPPED_ONCE = 1 << 56
+"""Bit of a PME: nobody else maps the page. Not set for a page in swap."""
 
 _PFN_MASK = (1 << 55) - 1
 _MARKER = 31 | 1 << 5  # swap type 31 is "no swap, a marker"; bit 0 of its offset: write-protected by userfaultfd

@@ -1,9 +1,25 @@
-"""Whether two processes run in one address space (vfork(2), clone(2) with CLONE_VM)."""
+"""What processes have in common: an address space (vfork), or pages that are copied on write (fork, KSM).
+
+Pages that are shared copy-on-write need care: process_vm_readv(2) pins what it reads, and the kernel takes a page that
+is mapped more than once out of the sharing before it lets anybody pin it (gup_must_unshare() in mm/internal.h). The
+target's memory would grow by what is read; of a private huge page, when the pool has no other one, the copy would be
+taken from the child, which dies of it. /proc/PID/mem pins nothing. `incdump.proc.memory` chooses between the two.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from typing import TYPE_CHECKING
+
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
+from incdump.proc.identity import read_proc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from incdump.proc.tree import Task
 
 _KCMP_VM = 1
 
@@ -15,4 +31,39 @@ def shares_address_space(pid: int, other: int) -> bool:
     try:
         return syscall(ARCH.sys_kcmp, pid, other, _KCMP_VM, 0, 0) == 0
     except OSError:
+        return False
+
+
+def may_share_pages(tasks: Iterable[Task]) -> set[int]:
+    """The processes among these that may share pages, copy-on-write, with any other one of the machine.
+
+    A fork keeps the addresses of program and stack, which exec draws at random: who has the same ones may share pages.
+    Costs a read of /proc/PID/stat for each process of the machine.
+
+    :returns: their pids. A process is left out only if it shares nothing now.
+    """
+    marks = {int(name): _mark(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    count = Counter(marks.values())
+    found = set()
+    for task in tasks:
+        mark = marks.get(task.pid)
+        if task.forked or mark is None or count[mark] > 1 or _has_merged_pages(task.pid):
+            found.add(task.pid)
+    return found
+
+
+def _mark(pid: int) -> tuple[bytes, bytes] | None:
+    """Where a process's program and stack begin: fields 26 and 28 of /proc/PID/stat; None if that is not to be seen."""
+    try:
+        field = read_proc(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return (field[23], field[25]) if field[25] != b"0" else None
+
+
+def _has_merged_pages(pid: int) -> bool:
+    """Whether KSM has merged pages of a process (/proc/PID/ksm_merging_pages, Linux 5.19)."""
+    try:
+        return int(read_proc(f"/proc/{pid}/ksm_merging_pages")) > 0
+    except (OSError, ValueError):
         return False

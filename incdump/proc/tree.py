@@ -18,7 +18,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsuitable
-from incdump.proc.identity import PF_KTHREAD, Stat, leaderless, no_such_target, read_proc, read_stat, stays_leaderless
+from incdump.proc.identity import (
+    PF_FORKNOEXEC,
+    PF_KTHREAD,
+    Stat,
+    leaderless,
+    no_such_target,
+    read_proc,
+    read_stat,
+    stays_leaderless,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +47,8 @@ class Task:
     :ivar start_time: clock ticks since boot.
     :ivar threads: thread ids in the reader's pid namespace, ascending.
     :ivar vtids: the same threads in the root task's pid namespace, in the same order.
+    :ivar forked: whether it has not called exec since it was forked: it may share memory with its parent, and with
+        others that its parent forked.
     """
 
     pid: int
@@ -50,6 +61,7 @@ class Task:
     start_time: int
     threads: tuple[int, ...]
     vtids: tuple[int, ...]
+    forked: bool
 
 
 def process_tree(root: int) -> tuple[Task, ...]:
@@ -200,7 +212,8 @@ def _read_task(pid: int, depth: int) -> Task:
         status = _status(pid)
         vpid, pgid, sid = (_ns_ids(status, name)[depth] for name in (b"NSpid", b"NSpgid", b"NSsid"))
         threads, vtids = _inner_tids(pid, threads, depth)
-    return Task(pid, stat.ppid, vpid, pgid, sid, state, stat.comm, stat.start_time, threads, vtids)
+    forked = bool(stat.flags & PF_FORKNOEXEC)
+    return Task(pid, stat.ppid, vpid, pgid, sid, state, stat.comm, stat.start_time, threads, vtids, forked)
 
 
 def _inner_tids(pid: int, threads: tuple[int, ...], depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -24,6 +24,7 @@ from tests.kernel.support import (
     Chain,
     Odd,
     carry_on,
+    huge_pages,
     kill_holder,
     require_root,
     require_tracker,
@@ -331,25 +332,6 @@ async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> No
         assert chain.last.stats.pages_written >= 1024
         await chain.prove()
         odd.do(f"unmap {address} 1024")
-
-
-class huge_pages:  # noqa: N801 - a context
-    """Reserve huge pages for as long as the context lasts."""
-
-    path = Path("/proc/sys/vm/nr_hugepages")
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = self.path.read_text()
-        self.path.write_text(str(int(self.before) + self.count))
-        if int(self.path.read_text()) < int(self.before) + self.count:
-            self.__exit__()
-            pytest.skip("no hugetlb pages can be reserved")
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.path.write_text(self.before)
 
 
 # --- writes that nobody sees ------------------------------------------------------------------------------------------

@@ -228,9 +228,9 @@ class TestMm:
 
 class TestPstree:
     TASKS = (
-        Task(100, 1, 1, 1, 1, "S", "root", 0, (100, 90), (1, 7)),
-        Task(200, 100, 2, 1, 1, "S", "child", 0, (200,), (2,)),
-        Task(300, 999, 3, 0, 0, "Z", "dead", 0, (), ()),
+        Task(100, 1, 1, 1, 1, "S", "root", 0, (100, 90), (1, 7), False),
+        Task(200, 100, 2, 1, 1, "S", "child", 0, (200,), (2,), True),
+        Task(300, 999, 3, 0, 0, "Z", "dead", 0, (), (), True),
     )
 
     def test_it_has_these_bytes(self) -> None:
