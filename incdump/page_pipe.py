@@ -1,11 +1,11 @@
 """The page pipe: pages to be written, cut into chunks for the writers.
 
-A chunk is at most `CHUNK_PAGES` pages, and so at most `CHUNK_IOVECS` runs (the most that one process_vm_readv(2)
-takes). Its place in the pages image is fixed here, so that writers may finish in any order:
+A chunk is at most `CHUNK_PAGES` pages, and so never more runs than one process_vm_readv(2) takes. Its place in the
+pages image is fixed here, so that writers may finish in any order:
 
     entries          [A: 3 pages] [hole] [B: 1 page] [C: 5000 pages]
     pages image      |A A A B C C C C ... C|C C C C ... |
-    chunks            ^ chunk 0 (1024 pages) ^ chunk 1 ...
+    chunks            ^ chunk 0 (256 pages) ^ chunk 1 ...
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
     from incdump.model.runs import Entries, Runs
 
-CHUNK_PAGES = 1024
-"""4 MiB: large enough for full copying speed, small enough for a buffer per writer."""
-CHUNK_IOVECS = 1024
-"""UIO_MAXIOV; never exceeded, for a run has at least one page."""
+CHUNK_PAGES = 256
+"""1 MiB: what was read is still in the processor's own cache when it is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 WINDOWS_AHEAD = 2
 """Windows read while one is classified."""
-CHUNKS_AHEAD = 16
+CHUNKS_AHEAD = 256
 """Chunks classified while the writers are busy; they hold addresses, not pages."""
-CHUNKS_AT_ONCE = 4
-"""Chunks that a writer takes along in one go when they queue up: a hop to its thread costs a tenth of a copy."""
+CHUNKS_AT_ONCE = 64
+"""Chunks that a writer takes along in one go when they queue up: a hop to its thread costs half a copy."""
 
 
 class PageOwner(Protocol):

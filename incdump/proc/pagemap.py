@@ -63,6 +63,7 @@ GAP = 1 << 20
 _BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB of pagemap stay in the L2 cache
 _SCAN_REGIONS = 65536
 _SCAN_PAGES = 128 << 20 >> PAGE_SHIFT
+_FIRST_SCAN_PAGES = 8 << 20 >> PAGE_SHIFT  # the writers wait for the first window
 _MOST_FILE_STRETCHES = 64
 
 
@@ -115,6 +116,8 @@ def join_near(spans: Runs, gap: int = GAP) -> Runs:
     if len(spans) < 2:
         return spans
     apart = np.flatnonzero(spans[1:, 0] - spans[:-1, 1] > gap)
+    if len(apart) == len(spans) - 1:
+        return spans
     joined = np.empty((len(apart) + 1, 2), np.uint64)
     joined[0, 0], joined[-1, 1] = spans[0, 0], spans[-1, 1]
     joined[1:, 0] = spans[apart + 1, 0]
@@ -301,20 +304,23 @@ class ScanReader:
         self._spare = _Spare()
 
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
-        """See `PagemapReader.windows`. A window holds at most 65,536 regions and 128 MiB of matching pages."""
+        """See `PagemapReader.windows`.
+
+        A window holds at most 65,536 regions and 128 MiB of matching pages; the first ones hold less.
+        """
         wanted = join_near(_wanted(vmas), 0)
         if not len(wanted):
             return
-        lo, filled, pages = int(wanted[0, 0]), 0, 0
+        lo, filled, pages, most = int(wanted[0, 0]), 0, 0, _FIRST_SCAN_PAGES
         with self._spare.borrow((_SCAN_REGIONS, 3)) as vec:
             for start, end, masks in self._stretches(vmas, wanted):
                 while start < end:
-                    regions, start = self._scan(pagemap_fd, start, end, vec[filled:], _SCAN_PAGES - pages, masks)
+                    regions, start = self._scan(pagemap_fd, start, end, vec[filled:], most - pages, masks)
                     filled += len(regions)
                     pages += page_count(regions)
-                    if filled == _SCAN_REGIONS or pages >= _SCAN_PAGES:
+                    if filled == _SCAN_REGIONS or pages >= most:
                         yield Window(lo, start, clip_to(vec[:filled].copy(), wanted))
-                        lo, filled, pages = start, 0, 0
+                        lo, filled, pages, most = start, 0, 0, min(2 * most, _SCAN_PAGES)
             hi = int(wanted[-1, 1])
             if lo < hi:
                 yield Window(lo, hi, clip_to(vec[:filled].copy(), wanted))

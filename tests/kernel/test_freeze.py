@@ -483,7 +483,7 @@ async def test_what_cannot_be_frozen_is_refused_with_its_reason(victim: START) -
             await freezer.freeze(0x7FFFFFF0)
         with pytest.raises(TargetUnsuitable, match="incdump itself"):
             await freezer.freeze(os.getpid())
-        with pytest.raises((TargetUnsuitable, TargetDenied), match="incdump itself|trace process 1:"):
+        with pytest.raises((TargetUnsuitable, TargetDenied), match=r"incdump itself|trace process 1:"):
             await freezer.freeze(os.getppid())
         with pytest.raises((TargetUnsuitable, TargetDenied)):
             await freezer.freeze(2)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incdump.page_pipe import CHUNK_IOVECS, CHUNK_PAGES, Chunk, cut
+from incdump._uapi.memory import IOV_MAX
+from incdump.page_pipe import CHUNK_PAGES, Chunk, cut
 from tests.unit.pagesets import PAGE, entries_of, flags_of, moderately, table, thoroughly
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def test_chunks_hold_every_present_page_once_and_in_the_order_of_the_image(
 def test_a_chunk_fits_a_buffer_and_a_system_call(drawn: list[tuple[int, int, int]]) -> None:
     for chunk in cut(entries_in(drawn), 0):
         assert 1 <= chunk.nr_pages <= CHUNK_PAGES
-        assert 1 <= len(chunk.runs) <= CHUNK_IOVECS
+        assert 1 <= len(chunk.runs) <= IOV_MAX
 
 
 @moderately
@@ -66,15 +67,14 @@ def test_all_chunks_but_the_last_are_full(drawn: list[tuple[int, int, int]]) -> 
     assert all(chunk.nr_pages == CHUNK_PAGES for chunk in chunks[:-1])
 
 
-@pytest.mark.parametrize("pages", [1023, 1024, 1025, 5000])
-def test_single_pages_far_apart_come_at_most_1024_to_a_chunk(pages: int) -> None:
+@pytest.mark.parametrize("pages", [255, 256, 257, 5000])
+def test_single_pages_far_apart_come_at_most_256_to_a_chunk(pages: int) -> None:
     chunks = list(cut(entries_of(dict.fromkeys(range(0, 2 * pages, 2), 4)), 0))
-    assert [len(chunk.runs) for chunk in chunks] == [1024] * (pages // 1024) + [pages % 1024] * (pages % 1024 > 0)
+    assert [len(chunk.runs) for chunk in chunks] == [256] * (pages // 256) + [pages % 256] * (pages % 256 > 0)
 
 
-def test_a_chunk_is_four_mebibytes_and_an_iovec_array_that_the_kernel_takes() -> None:
-    assert CHUNK_PAGES * PAGE == 4 << 20
-    assert CHUNK_IOVECS == 1024  # UIO_MAXIOV, include/uapi/linux/uio.h
+def test_a_chunk_is_one_mebibyte() -> None:
+    assert CHUNK_PAGES * PAGE == 1 << 20
 
 
 def test_the_picture_in_the_modules_text() -> None:
@@ -82,7 +82,7 @@ def test_the_picture_in_the_modules_text() -> None:
     chunks = list(cut(entries, 10))
     assert chunks[0].first_page == 10
     assert pages_in(chunks[0])[:5] == [0, 1, 2, 20, 40]
-    assert [chunk.nr_pages for chunk in chunks] == [1024] * 4 + [5004 - 4096]
+    assert [chunk.nr_pages for chunk in chunks] == [256] * 19 + [5004 - 19 * 256]
 
 
 @pytest.mark.parametrize("entries", [table([], 3), table([(0, 1 << 30, 1), (1 << 50, 7, 2)], 3)])
