@@ -66,6 +66,7 @@ class Kerndat:
     uffd_wp_async: Feature
     userfaultfd_user_mode: Feature
     soft_dirty: Feature
+    soft_dirty_moves: Feature
     process_vm_readv: Feature
     pidfd_getfd: Feature
     map_files: Feature
@@ -86,6 +87,7 @@ def probe() -> Kerndat:
         uffd_wp_async=uffd_wp_async(),
         userfaultfd_user_mode=userfaultfd_user_mode(),
         soft_dirty=soft_dirty(),
+        soft_dirty_moves=soft_dirty_moves(),
         process_vm_readv=process_vm_readv(),
         pidfd_getfd=pidfd_getfd(),
         map_files=map_files(),
@@ -358,6 +360,37 @@ def _attempt_soft_dirty() -> str:
         if not _pme(address) & _SOFT_DIRTY:
             raise _FailedError("bit 55 of the pagemap entry is not set after a write")
     return "bit 55 of the pagemap entry was cleared by clear_refs and set by a write"
+
+
+@cache
+def soft_dirty_moves() -> Feature:
+    """Soft-dirty bits tell that a mapping was moved, too."""
+    return _try(
+        "soft_dirty_moves",
+        "soft-dirty bits of mappings that are moved by whole page tables (mremap)",
+        _attempt_soft_dirty_moves,
+        then="tracker `soft-dirty` may be chosen by `auto`",
+        otherwise="tracker `soft-dirty` is used only when asked for: such a move goes unseen (by CRIU as well)",
+    )
+
+
+def _attempt_soft_dirty_moves() -> str:
+    """Move 2 MiB at once: the kernel then moves the page table as it is, and may leave the bits in it clear.
+
+    What lies at the new address is other memory than before, and nothing would tell.
+    """
+    if not soft_dirty().works:
+        raise _FailedError(soft_dirty().why)
+    length = 512 << PAGE_SHIFT
+    with _pages(1024) as source, _pages(1024) as target:
+        old, new = (address + length - 1 & -length for address in (source, target))
+        mapping.write_byte(old, 1)
+        with _opened("/proc/self/clear_refs", os.O_WRONLY) as fd:
+            os.write(fd, b"4")
+        mapping.move(old, length, new, leave_empty=True)
+        if not _pme(new) & _SOFT_DIRTY:
+            raise _FailedError("a mapping that was moved by 2 MiB at once does not count as written")
+    return "a mapping that was moved by 2 MiB at once counts as written"
 
 
 # --- reading, and the rest ---

@@ -452,7 +452,7 @@ def compare(images_dir: str | os.PathLike[str], pids: Mapping[int, int], *, fini
     report = Report()
     if finished:
         _check_inventory(images, report)
-    segments: dict[int, tuple[int, Vma]] = {}
+    found: dict[tuple[bool, int], tuple[int, Vma]] = {}
     for vpid, pid in pids.items():
         if not states(pid) <= set("tT"):
             raise ValueError(f"process {pid} is not frozen: {states(pid)}")
@@ -460,7 +460,11 @@ def compare(images_dir: str | os.PathLike[str], pids: Mapping[int, int], *, fini
         _compare_process(images, vpid, pid, vmas, report)
         for vma in vmas:
             if vma.segment:
-                segments.setdefault(vma.inode, (pid, vma))
+                found.setdefault((vma.name.startswith("/SYSV"), vma.inode), (pid, vma))
+    # A SysV segment shows its shmid for an inode number; where another segment has that number, 2**32 is added to it.
+    segments = {
+        inode + (1 << 32 if sysv and (False, inode) in found else 0): where for (sysv, inode), where in found.items()
+    }
     for number, (pid, vma) in segments.items():
         _compare_segment(images, number, pid, vma, report)
     for path in sorted(images.glob("pagemap-*.img")):

@@ -19,6 +19,7 @@ MADV_GUARD_INSTALL = 102
 
 _MAP_PRIVATE_ANONYMOUS = 0x22
 _MREMAP_MAYMOVE_FIXED = 3
+_MREMAP_DONTUNMAP = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _mmap = libc.mmap
@@ -74,9 +75,13 @@ def advise_no_huge_pages(address: int, length: int) -> None:
         advise(address, length, MADV_NOHUGEPAGE)
 
 
-def move(address: int, length: int, to: int) -> None:
-    """Move a mapping to another address, in place of what is mapped there."""
-    if _mremap(address, length, length, _MREMAP_MAYMOVE_FIXED, to) == _MAP_FAILED:
+def move(address: int, length: int, to: int, *, leave_empty: bool = False) -> None:
+    """Move a mapping to another address, in place of what is mapped there.
+
+    :param leave_empty: keep the old place mapped, without its pages (Linux 5.7).
+    """
+    flags = _MREMAP_MAYMOVE_FIXED | (_MREMAP_DONTUNMAP if leave_empty else 0)
+    if _mremap(address, length, length, flags, to) == _MAP_FAILED:
         raise_errno()
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 import anyio
 
+from incdump import kerndat
 from incdump.engine.metadata import Metadata, look_ahead
 from incdump.engine.parent import Parent
 from incdump.engine.pipeline import Pipeline, first_cause
@@ -159,6 +160,8 @@ class DumpRun:
             if self._parent is not None:
                 self._parent.check_root(self._root)
             self._means = self._make_means(images)
+            if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.soft_dirty_moves)).works:
+                self._warn(f"tracker soft-dirty: {kerndat.soft_dirty_moves().why}: such a move goes unseen")
             await self._dump(images)
         except BaseException:
             if self._left is None or self._options.afterwards != "killed":

@@ -39,7 +39,10 @@ def choose(tracker: TrackerName) -> tuple[str, str]:
         return tracker, "as asked for"
     refused: list[str] = []
     for candidate in (uffd_wp.NAME, soft_dirty.NAME):
-        missing = [f for f in needs(candidate) if not f.works]  # type: ignore[arg-type]
+        wanted = needs(candidate)  # type: ignore[arg-type]
+        if candidate == soft_dirty.NAME:
+            wanted += (kerndat.soft_dirty_moves(),)
+        missing = [f for f in wanted if not f.works]
         if not missing:
             return candidate, "; ".join(["it proved itself on this kernel", *refused])
         refused.append(f"{candidate} does not work: {missing[0].why}")

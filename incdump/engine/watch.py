@@ -117,10 +117,14 @@ class Watch:
         if reason is not None:
             warn(f"process {pid} {reason}: writes to its memory can go unseen, so it is compared by content")
             return
+        if shares_address_space(pid, self.task.ppid):
+            warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): not tracked itself")
+            return
+        blind = soft_dirty.blind_spot(self._means.reader) if self._means.tracker == soft_dirty.NAME else None
+        if blind is not None:
+            warn(f"process {pid} cannot be tracked by soft-dirty ({blind}): it is compared by content")
+            return
         if self._means.tracker == uffd_wp.NAME:
-            if shares_address_space(pid, self.task.ppid):
-                warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): not tracked itself")
-                return
             try:
                 self._acquire(renew=renew)
             except (InjectionFailed, TargetUnsuitable, AlreadyTraced, TargetDenied) as error:

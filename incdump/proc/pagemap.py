@@ -293,11 +293,12 @@ class ScanReader:
         on_regions: Callable[[Regions], None] | None = None,
         on_failure: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.flags = flags
-        self.mask = mask
-        self.inverted = inverted
-        self.anyof = anyof
         known = kerndat.scan_categories()
+        never = mask & inverted & ~known
+        self.flags = flags
+        self.mask = mask & ~never
+        self.inverted = inverted & ~never
+        self.anyof = anyof
         self.returned = known if returned is None else returned & known
         self.on_regions = on_regions
         self.on_failure = on_failure

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from incdump import kerndat
 from incdump.errors import TrackerUnavailable
 from incdump.model.regions import PageIs, Window, mark
 from incdump.model.runs import canonical
@@ -115,6 +116,19 @@ def reset(pid: int) -> None:
         raise TrackerUnavailable(
             f"cannot reset soft-dirty bits of process {pid}: {error.strerror}", pid=pid, errno=error.errno
         ) from error
+
+
+def blind_spot(reader: PagemapReader) -> str | None:
+    """Why what this reader sees is not enough to say that a page was not written, or None.
+
+    A page that was dropped, and then read, is the zero page: its soft-dirty bit is clear though it has changed.
+    """
+    if reader.name == "scan":
+        known = kerndat.scan_categories() & PageIs.SOFT_DIRTY
+        return None if known else "this kernel's PAGEMAP_SCAN does not tell soft-dirty pages"
+    if kerndat.zero_page_pfn() is None:
+        return "without page frame numbers (CAP_SYS_ADMIN) zero pages look like pages that were not written"
+    return None
 
 
 def windows(pagemap_fd: int, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:

@@ -72,6 +72,12 @@ def _free_huge_pages() -> int:
     return int(found[1]) if found else 0
 
 
+def of_forced_tracker(options: DumpOptions) -> DumpOptions:
+    """The same with ``$INCDUMP_TEST_TRACKER`` as the tracker where a test leaves the choice to incdump."""
+    forced = os.environ.get("INCDUMP_TEST_TRACKER")
+    return replace(options, tracker=forced) if forced and options.tracker == "auto" else options  # type: ignore[arg-type]
+
+
 class Chain:
     """Rounds of dumps of one target, each building on the one before.
 
@@ -83,7 +89,7 @@ class Chain:
     ) -> None:
         self.target = target
         self.root = root
-        self.options = options or DumpOptions()
+        self.options = of_forced_tracker(options or DumpOptions())
         self.session = session
         self.rounds: list[DumpResult] = []
         self.attempts = 0
@@ -104,7 +110,7 @@ class Chain:
         :param kind: ``"predump"`` or ``"dump"``.
         :param parent: ``"last"``: the last round; None: a full one; else as the functions take it.
         """
-        options = options or self.options
+        options = of_forced_tracker(options or self.options)
         where = self.next_dir()
         if parent == "last":
             parent = os.path.relpath(self.last.images_dir, where) if self.rounds else None

@@ -307,6 +307,10 @@ def churn(
     :param seconds: then check, say ``good`` and exit; 0: live until told to quit.
     """
     names = ops if isinstance(ops, str) else ",".join(ops)
+    slower = float(os.environ.get("INCDUMP_TEST_SLOWER", "1"))
+    if slower != 1:
+        dirty_rate = (dirty_rate or 100_000) / slower
+        names += ",-sparse"
     command = [str(build("churn")), f"--seed={seed}", f"--threads={threads}", f"--processes={processes}"]
     command += [f"--mib={mib}", f"--ops={names}", f"--dirty-rate={dirty_rate}", f"--seconds={seconds}", "--dir=."]
     return Target([*command, "--free-run"] if free_run else command)
