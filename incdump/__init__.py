@@ -27,7 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from incdump.engine.check import AgainstReport, check, check_against
+    from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
+    from incdump.engine.restore import restore
     from incdump.engine.session import Session
     from incdump.engine.untrack import untrack
     from incdump.errors import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         BadImage,
         BrokenChain,
         CheckError,
+        CriuError,
         FreezeTimeout,
         HolderError,
         ImagesDirInUse,
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
     from incdump.images.chain import ChainReport
     from incdump.images.images_dir import ImagesDir
     from incdump.model.options import DumpOptions
-    from incdump.model.stats import DumpResult, DumpStats
+    from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, RestoreResult
 
 __version__ = "0.1.0.dev0"
 
@@ -64,11 +67,15 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     # dumping
     "predump",
     "dump",
+    "checkpoint",
+    "restore",
     "untrack",
     "Session",
     "DumpOptions",
     "DumpResult",
     "DumpStats",
+    "CheckpointTimes",
+    "RestoreResult",
     # images
     "ImagesDir",
     "check",
@@ -97,16 +104,21 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "TrackerLost",
     "HolderError",
     "CheckError",
+    "CriuError",
 )
 
 _HOME = {
     "predump": "incdump.engine.dump",
     "dump": "incdump.engine.dump",
+    "checkpoint": "incdump.engine.checkpoint",
+    "restore": "incdump.engine.restore",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
     "DumpOptions": "incdump.model.options",
     "DumpResult": "incdump.model.stats",
     "DumpStats": "incdump.model.stats",
+    "CheckpointTimes": "incdump.model.stats",
+    "RestoreResult": "incdump.model.stats",
     "ImagesDir": "incdump.images.images_dir",
     "check": "incdump.engine.check",
     "check_against": "incdump.engine.check",

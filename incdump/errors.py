@@ -13,6 +13,7 @@ code   class                       meaning
 4      `ImagesError`               the images dir or the parent chain cannot be used
 5      `TrackerError`              no dirty tracking where it was required
 6      `CheckError`                ``incdump check`` found the chain, or a page, wrong
+7      `CriuError`                 CRIU is missing, too old, or failed
 =====  ==========================  ==================================================================
 
 Whatever is raised, the target runs on.
@@ -28,6 +29,7 @@ __all__ = (
     "BadImage",
     "BrokenChain",
     "CheckError",
+    "CriuError",
     "FreezeTimeout",
     "HolderError",
     "ImagesDirInUse",
@@ -166,3 +168,9 @@ class CheckError(IncdumpError):
     """``incdump check`` found something wrong."""
 
     exit_code = 6
+
+
+class CriuError(IncdumpError):
+    """CRIU is missing or too old, refused the process, or failed: the message has what it logged as errors."""
+
+    exit_code = 7

@@ -20,7 +20,7 @@ ROOT = "incdump"
 
 LAYERS = (
     "errors", "_uapi", "model", "kerndat", "proc", "images", "freeze", "tracking", "classify", "page_pipe", "xfer",
-    "holder",
+    "holder", "criu",
     "engine", "", "cli", "__main__",
 )  # fmt: skip
 """From the bottom up; ``""`` is the package's own ``__init__``."""

@@ -69,6 +69,7 @@ class Arch:
     alignment: int
 
     sys_close: int
+    sys_ioctl: int
     sys_ptrace: int
     sys_futex: int
     sys_clock_nanosleep: int
@@ -152,6 +153,7 @@ _X86_64 = Arch(
     instruction=b"\x0f\x05",
     alignment=1,
     sys_close=3,
+    sys_ioctl=16,
     sys_ptrace=101,
     sys_futex=202,
     sys_clock_nanosleep=230,
@@ -193,6 +195,7 @@ _AARCH64 = Arch(
     instruction=b"\x01\x00\x00\xd4",
     alignment=4,
     sys_close=57,
+    sys_ioctl=29,
     sys_ptrace=117,
     sys_futex=98,
     sys_clock_nanosleep=115,

@@ -4,6 +4,7 @@ report."""
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -14,13 +15,13 @@ from incdump.cli.signals import run
 from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_writers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from incdump.cli.text import Fact
     from incdump.model.options import Afterwards
     from incdump.model.stats import DumpResult, DumpStats
 
-Kind = Literal["pre-dump", "dump"]
+Kind = Literal["pre-dump", "dump", "checkpoint"]
 
 _OPTIONS = (
     click.option("-t", "--tree", "pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The target."),
@@ -100,8 +101,14 @@ def run_dump(
     timeout: float,
     log_file: str | None,
     afterwards: Afterwards = "running",
+    criu: str | None = None,
+    criu_options: tuple[str, ...] = (),
 ) -> None:
-    """Dump, and report."""
+    """Dump, and report.
+
+    :param criu: for a checkpoint: CRIU's program.
+    :param criu_options: for a checkpoint: CRIU's further options.
+    """
     if require_incremental and parent is None:
         raise click.UsageError("--require-incremental needs --prev-images-dir: without it everything is dumped")
     for name, text in (("-D", images_dir), ("--prev-images-dir", parent), ("-o", log_file)):
@@ -117,7 +124,8 @@ def run_dump(
     )
     with Log(invocation.verbosity, log_file, images_dir) as log:
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))
-        result = run(lambda: _dump(kind, pid, images_dir, parent, options, log, show=not invocation.verbosity))
+        engine = _engine(kind, criu, criu_options)
+        result = run(lambda: _dump(engine, pid, images_dir, parent, options, log, show=not invocation.verbosity))
         for warning in result.warnings:
             log.warning(warning)
         log.line(_summary(result))
@@ -129,16 +137,31 @@ def run_dump(
         show_facts(_title(kind, result), facts(kind, result, afterwards))
 
 
+def _engine(kind: Kind, criu: str | None, criu_options: tuple[str, ...]) -> Callable[..., Awaitable[DumpResult]]:
+    """The engine's function for a kind of dump."""
+    if kind == "checkpoint":
+        from incdump.engine.checkpoint import checkpoint
+
+        return partial(checkpoint, criu=criu, criu_options=criu_options)
+    from incdump.engine.dump import dump, predump
+
+    return predump if kind == "pre-dump" else dump
+
+
 async def _dump(
-    kind: Kind, pid: int, images_dir: str, parent: str | None, options: DumpOptions, log: Log, *, show: bool
+    engine: Callable[..., Awaitable[DumpResult]],
+    pid: int,
+    images_dir: str,
+    parent: str | None,
+    options: DumpOptions,
+    log: Log,
+    *,
+    show: bool,
 ) -> DumpResult:
     """Call the engine, with somebody to report progress to.
 
     :param show: progress may be shown, if there is a terminal to show it on.
     """
-    from incdump.engine.dump import dump, predump
-
-    engine = predump if kind == "pre-dump" else dump
     if not show or sys.stderr is None or not sys.stderr.isatty():
         return await engine(pid, images_dir, parent=parent, options=options, progress=log.progress)
     from incdump.cli.progress import Progress
@@ -187,6 +210,9 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
         lines.append(Fact("pages untracked", f"{s.pages_untracked:,}", "written whole: no tracker vouched for them"))
     if s.pages_vanished:
         lines.append(Fact("pages vanished", f"{s.pages_vanished:,}", "unmapped before they could be read"))
+    if (times := result.checkpoint) is not None:
+        parts = f"memory {time_text(times.memory)}, then waiting for CRIU {time_text(times.waited)}"
+        lines.append(Fact("all else", result.criu or "", f"{parts}, putting together {time_text(times.in_place)}"))
     return [
         *lines,
         Fact("time stopped", time_text(s.stopped_time), _stopped_note(kind, result, afterwards)),

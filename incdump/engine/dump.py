@@ -337,11 +337,15 @@ class DumpRun:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:
-        """Write all that is left, inventory.img last."""
+    def _finish_pages(self) -> None:
+        """Write all pagemaps."""
         for owner in self._all_owners():
             owner.finish()
         self._stats.bytes_written = (self._stats.pages_written + self._stats.shpages_written) * PAGE_SIZE
+
+    def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:
+        """Write all that is left, inventory.img last."""
+        self._finish_pages()
         if metadata is not None:
             metadata.write(images)
         images.write_raw("stats-dump", encode_stats(self._stats))

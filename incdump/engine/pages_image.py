@@ -16,8 +16,12 @@ from incdump.model.runs import (
     canonical,
     empty_regions,
     empty_runs,
+    entry_runs,
+    intersect,
     member,
     page_addresses,
+    page_count,
+    run,
 )
 from incdump.page_pipe import Chunk, cut
 from incdump.tracking.content import hash_pages
@@ -74,6 +78,22 @@ class PagesImage:
             self._failed.append(failed)
         if hashes is not None:
             _note_hashes(chunk, buffer, *hashes)
+
+    def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:
+        """Copy those pages of some address ranges that are in the image once more, each to its place. Blocks.
+
+        :raises incdump.errors.ImagesIOError: the image cannot be written.
+        """
+        rows = np.concatenate(self._entries) if self._entries else empty_regions()
+        rows = rows[(rows[:, 2] & np.uint64(PE_PRESENT)) != 0]
+        places = np.cumsum(rows[:, 1]) - rows[:, 1]
+        for start, end in intersect(entry_runs(rows), spans).tolist():
+            row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
+            place = int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
+            for lo in range(start, end, len(buffer)):
+                part = run(lo, min(lo + len(buffer), end))
+                chunk = Chunk(part, place + (lo - start >> PAGE_SHIFT), page_count(part))
+                self.write(chunk, source, buffer, None)
 
     def failed(self) -> Runs:
         """The pages that could not be read."""

@@ -9,6 +9,7 @@ from incdump.engine.watch import ParentImages
 from incdump.errors import ParentMismatch
 from incdump.images.chain import check_chain
 from incdump.images.images_dir import ImagesDir
+from incdump.tracking import content
 from incdump.tracking.content import HashTable
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from incdump.proc.tree import Task
 
 _TICKS = os.sysconf("SC_CLK_TCK")
+_NONE = "none"
+"""The tracker of a process that none has followed."""
 
 
 class Parent:
@@ -35,6 +38,7 @@ class Parent:
         meta = self._images.meta()
         self._processes: dict[str, Any] | None = None if meta is None else meta.get("processes", {})
         self.seed = None if meta is None else meta.get("hash_seed")
+        self._is_checkpoint = meta is not None and meta.get("kind") == "checkpoint"
 
     def check_root(self, root: Task) -> None:
         """Refuse a parent that does not hold this very process.
@@ -49,7 +53,7 @@ class Parent:
                 pid=root.pid,
                 path=self.path,
             )
-        if not self._is_same(root):
+        if not self._is_same(root) and not self._is_checkpoint:
             raise ParentMismatch(
                 f"{self.path} holds an earlier process that had pid {root.vpid}: dump without --prev-images-dir",
                 pid=root.pid,
@@ -68,10 +72,19 @@ class Parent:
         )
 
     def process(self, task: Task) -> ParentImages | None:
-        """What is known of one process; None if the parent has nothing of it, or of an earlier one of its pid."""
-        if self._images.pagemap(task.vpid) is None or not self._is_same(task):
+        """What is known of one process; None if the parent has nothing of it, or of an earlier one of its pid.
+
+        A process that was restored from the parent, a checkpoint, has its pid but is another: no tracker has followed
+        it, and only hashes tell what of it the parent has.
+        """
+        if self._images.pagemap(task.vpid) is None:
+            return None
+        same = self._is_same(task)
+        if not same and not self._is_checkpoint:
             return None
         entry = (self._processes or {}).get(str(task.vpid), {})
+        if not same:
+            entry = {"tracker": entry.get("tracker") if entry.get("tracker") == content.NAME else _NONE}
         return ParentImages(
             covered=self._images.covered(task.vpid),
             generation=entry.get("generation"),

@@ -20,7 +20,7 @@ from incdump.engine.watch import ParentImages, Watch
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
-from incdump.model.vmas import VmaKind
+from incdump.model.vmas import Prot, VmaKind
 from incdump.proc.maps import reread_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.tracking import content
@@ -224,6 +224,16 @@ class ProcessDump:
         stats.pages_written += pages
         stats.pages_untracked += unwatched
         self._counted += (scanned, holes, pages, unwatched)
+
+    def write_code_again(self, buffer: NDArray[np.uint8]) -> None:
+        """Copy what is mapped as executable once more. Blocks.
+
+        Another tracer, CRIU, runs system calls in the process by putting instructions there, for a moment.
+        """
+        if self.exited or self._image is None or self._memory is None or self.vmas is None:
+            return
+        code = canonical(self.vmas.spans((self.vmas.prot & Prot.EXEC) != 0))
+        self._image.rewrite(code, self._memory, buffer)
 
     # -- the end --------------------------------------------------------------------------------------------------
 

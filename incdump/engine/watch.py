@@ -149,7 +149,7 @@ class Watch:
     def is_about(self, parent: ParentImages) -> bool:
         """Whether the tracker's answer will be about the time since this parent dump."""
         if self._untrusted:
-            return parent.hashes is not None
+            return parent.tracker == content.NAME and parent.hashes is not None
         if self._means.tracker == soft_dirty.NAME:
             same = parent.tracker in (soft_dirty.NAME, None)
             return same and soft_dirty.may_trust(self._soft_dirty_record(), parent.generation, parent.uptime)

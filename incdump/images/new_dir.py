@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,8 @@ PARENT = "parent"
 SIDECAR = "incdump.json"
 _UNFINISHED_INVENTORY = "inventory.img.unfinished"
 _IMAGE_NAME = re.compile(
-    r".*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump\.json|incdump-hashes-.*", re.DOTALL
+    r"criu-(unfinished|gate)|.*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump\.json|incdump-hashes-.*",
+    re.DOTALL,
 )
 
 
@@ -49,6 +51,7 @@ class NewImagesDir:
         self._dir_fd = -1
         self._made_dirs: list[Path] = []
         self._made_files: list[str] = []
+        self._subdirs: list[Path] = []
         self._pages_ids = itertools.count(1)
 
     @classmethod
@@ -109,6 +112,10 @@ class NewImagesDir:
         state = "finished" if self.finished else "discarded" if self._dir_fd < 0 else "being filled"
         return f"<NewImagesDir {self.path} {state}, {len(self._made_files)} files>"
 
+    def number_pages_from(self, first: int) -> None:
+        """Leave the numbers below this one to somebody else's pages images."""
+        self._pages_ids = itertools.count(first)
+
     def next_pages_id(self) -> int:
         """A number for a pages image that no other in this directory has, from 1."""
         return next(self._pages_ids)
@@ -168,6 +175,35 @@ class NewImagesDir:
             raise_io_error(error, "remove", self.path / name)
         self._made_files.remove(name)
 
+    def make_subdir(self, name: str) -> Path:
+        """Make a directory for somebody else's files, to be adopted later.
+
+        :raises ImagesIOError: it cannot be made.
+        """
+        path = self.path / name
+        try:
+            path.mkdir(mode=0o700)
+        except OSError as error:
+            raise_io_error(error, "make a directory", path)
+        self._subdirs.append(path)
+        return path
+
+    def adopt(self, name: str, source: Path) -> None:
+        """Take over a file that somebody else made, by renaming it.
+
+        :param source: the file, on the same file system.
+        :raises ImagesDirInUse: there is one of that name here.
+        :raises ImagesIOError: it cannot be renamed.
+        """
+        if self._exists(name):
+            raise self._in_use(name)
+        self._made_files.append(name)
+        try:
+            os.rename(source, name, dst_dir_fd=self._dir_fd)
+        except OSError as error:
+            self._made_files.remove(name)
+            raise_io_error(error, "take over", source)
+
     def finish(self, inventory: bytes) -> None:
         """Write inventory.img: from now on the dump is whole.
 
@@ -199,6 +235,8 @@ class NewImagesDir:
             with suppress(OSError):
                 os.unlink(self._made_files.pop(), dir_fd=self._dir_fd)
         self._close()
+        while self._subdirs:
+            shutil.rmtree(self._subdirs.pop(), ignore_errors=True)
         while self._made_dirs:
             with suppress(OSError):
                 self._made_dirs.pop().rmdir()

@@ -50,3 +50,14 @@ def decode_stats(data: bytes, path: str | os.PathLike[str]) -> DumpStats:
 
     dump = parse(pb.stats_entry, only_record(data, Magic.STATS, path), path).dump
     return DumpStats(**{name: getattr(dump, name) for name in (*_TIMES, *_COUNTERS)})
+
+
+def decode_restore_stats(data: bytes, path: str | os.PathLike[str]) -> dict[str, int]:
+    """Decode CRIU's stats-restore: times in microseconds, and pages.
+
+    :raises BadImage: it is damaged.
+    """
+    from incdump.images._pb import stats_pb2 as pb
+
+    restored = parse(pb.stats_entry, only_record(data, Magic.STATS, path), path).restore
+    return {name: getattr(restored, name) for name in ("forking_time", "restore_time", "pages_restored")}

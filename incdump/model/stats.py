@@ -60,6 +60,22 @@ class DumpStats:
 
 
 @dataclass(slots=True)
+class CheckpointTimes:
+    """How a checkpoint divides, microseconds.
+
+    :ivar before_scan: from the start of CRIU until it has frozen the tree and looks for the first pages.
+    :ivar memory: incdump's scan and copy, the tree frozen, CRIU at work beside it.
+    :ivar waited: from there until CRIU had written all else.
+    :ivar in_place: from there until the images were complete, the tree still frozen.
+    """
+
+    before_scan: int = 0
+    memory: int = 0
+    waited: int = 0
+    in_place: int = 0
+
+
+@dataclass(slots=True)
 class DumpResult:
     """The outcome of a dump.
 
@@ -75,6 +91,8 @@ class DumpResult:
     :ivar incremental: whether the parent was built upon (for the root process).
     :ivar stats: counters and times.
     :ivar warnings: every fallback that was taken, one line each.
+    :ivar criu: of a checkpoint: which CRIU made the rest of it; else None.
+    :ivar checkpoint: of a checkpoint: how its time divides; else None.
     """
 
     images_dir: str
@@ -89,9 +107,35 @@ class DumpResult:
     incremental: bool = False
     stats: DumpStats = field(default_factory=DumpStats)
     warnings: list[str] = field(default_factory=list)
+    criu: str | None = None
+    checkpoint: CheckpointTimes | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """A flat JSON object: the counters beside the other fields."""
         flat = asdict(self)
         flat.update(flat.pop("stats"))
         return flat
+
+
+@dataclass(slots=True)
+class RestoreResult:
+    """The outcome of a restore.
+
+    :ivar images_dir: absolute path of the directory that was restored.
+    :ivar pid: the root of the restored tree.
+    :ivar criu: which CRIU did it.
+    :ivar forking_time: microseconds that CRIU took to make the processes.
+    :ivar restore_time: microseconds that it took in all.
+    :ivar pages_restored: pages that it filled in.
+    """
+
+    images_dir: str
+    pid: int
+    criu: str
+    forking_time: int = 0
+    restore_time: int = 0
+    pages_restored: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """A flat JSON object."""
+        return asdict(self)

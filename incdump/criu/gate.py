@@ -1,0 +1,61 @@
+"""The gate at the end of CRIU's dump: CRIU waits before it, the tree still frozen, until incdump has put its images.
+
+CRIU runs an action script when all its images are written (``post-dump``), and fails, letting the tree run on, if that
+fails. The script here says that it was reached, and waits for a file lock. Who holds that lock is this process; the
+kernel takes it away from it however it ends. So the script never waits for nobody, and if what it finds then is no
+permission to go on, it fails. It also looks before CRIU has stopped anything (``pre-dump``) whether anybody holds the
+lock: a CRIU whose incdump is gone by then does not begin.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+_SCRIPT = """\
+#!/bin/sh
+cd {place} || exit 1
+case "$CRTOOLS_SCRIPT_ACTION" in
+    pre-dump) ! flock --nonblock lock true ;;
+    post-dump) : > reached && flock lock true && test -e go ;;
+esac
+"""
+
+
+class Gate:
+    """A gate, closed. Close the object when CRIU has ended.
+
+    :param place: an empty directory for it, absolute; from where programs can be executed.
+    :ivar script: the action script's path.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self._lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.script = place / "script"
+        self.script.write_text(_SCRIPT.format(place=shlex.quote(str(place))))
+        self.script.chmod(0o700)
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether CRIU waits before it (or has been let through)."""
+        return (self._place / "reached").exists()
+
+    def open(self, *, may_pass: bool) -> None:
+        """Let the script go on: to succeed, or to fail. May be called again; only the first time counts."""
+        fd, self._lock = self._lock, -1
+        if fd >= 0:
+            if may_pass:
+                (self._place / "go").touch()
+            os.close(fd)
+
+    def close(self) -> None:
+        """A script that still waits fails."""
+        self.open(may_pass=False)

@@ -1,0 +1,325 @@
+"""Complete checkpoints: CRIU dumps all but the memory, incdump the memory, as an increment on a chain.
+
+    incdump                                  CRIU (on a leash)
+    -------                                  -----------------
+    prepare: tracker, parent, smaps
+    start CRIU ────────────────────────────▶ freeze the tree
+    scan, copy pages  ◀── first page scan ── dump everything else; "there are no pages"
+      (process by process)                   write its images, cure the tree of its parasite
+                      ◀── gate reached ───── post-dump: wait, everything frozen
+    copy code again, write pagemaps,
+    take over CRIU's images, inventory last
+    open the gate ─────────────────────────▶ kill the tree, or let it go on
+
+CRIU works in a directory of its own inside the images dir, and its images are renamed into place while it waits at the
+gate (`incdump.criu.gate`): so there is no moment at which a crash leaves something that looks like a checkpoint and has
+no memory in it. Whoever is killed before the gate opens, the tree runs on. Shared memory is CRIU's to write.
+
+While CRIU works on a process it runs system calls in it, by putting instructions into its code for a moment. A page
+of code that was copied in that moment would be wrong, so these are copied again at the gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+
+from incdump.criu.gate import Gate
+from incdump.criu.leash import LeashedCriu
+from incdump.criu.program import find, last_errors
+from incdump.engine.dump import DumpRun
+from incdump.engine.pipeline import Pipeline
+from incdump.engine.threads import in_thread
+from incdump.errors import CriuError, ImagesIOError, TargetExited
+from incdump.freeze.seize import Frozen, FrozenTask
+from incdump.holder.client import HolderKeeper
+from incdump.images.new_dir import INVENTORY, SIDECAR
+from incdump.images.pagemap import decode_pagemap
+from incdump.images.stats import decode_stats, encode_stats
+from incdump.model.options import DumpOptions
+from incdump.model.runs import PAGE_SIZE
+from incdump.model.stats import CheckpointTimes
+from incdump.page_pipe import CHUNK_PAGES
+from incdump.proc.identity import read_stat
+from incdump.xfer.local import make_buffer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from incdump.criu.program import Criu
+    from incdump.engine.pipeline import PageOwner
+    from incdump.holder.client import Keeper
+    from incdump.images.new_dir import NewImagesDir
+    from incdump.model.stats import DumpResult, DumpStats
+
+SUBDIR = "criu-unfinished"
+"""Where CRIU works, in the images dir."""
+GATE = "criu-gate"
+LOG = "criu-dump.log"
+_FIRST_PAGES_ID = 1 << 20
+"""CRIU numbers its own pages images from 1."""
+_PROCESS_PAGEMAP = re.compile(r"pagemap-(\d+)\.img")
+
+
+async def checkpoint(
+    pid: int,
+    images_dir: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
+    options: DumpOptions | None = None,
+    criu: str | None = None,
+    criu_options: Sequence[str] = (),
+    progress: Callable[[str, DumpStats], None] | None = None,
+) -> DumpResult:
+    """Make a complete checkpoint of a process tree, which ``criu restore`` brings back to life.
+
+    :param pid: the root of the tree.
+    :param images_dir: where to; made if missing, refused if it holds images.
+    :param parent: the previous images dir, as for `incdump.dump`: only what was written since is copied.
+    :param options: ``options.afterwards`` says what becomes of the tree; left out, it is killed, as ``criu dump`` does.
+    :param criu: CRIU's program, 4.1 or later; None: where it is installed.
+    :param criu_options: further options for ``criu dump``.
+    :raises incdump.errors.CriuError: CRIU is missing, too old, refused the tree or failed; its reason is in the text.
+    :raises incdump.IncdumpError: as for `incdump.dump`. The tree runs on, no images are left.
+    """
+    keeper = HolderKeeper()
+    options = options or DumpOptions(afterwards="killed")
+    text = None if parent is None else str(parent)
+    try:
+        return await CheckpointRun(pid, images_dir, text, options, keeper, criu, criu_options, progress).run()
+    finally:
+        keeper.close()
+
+
+class CheckpointRun(DumpRun):
+    """One checkpoint, from its checks to its result."""
+
+    def __init__(
+        self,
+        pid: int,
+        images_dir: str | os.PathLike[str],
+        parent: str | None,
+        options: DumpOptions,
+        keeper: Keeper,
+        criu: str | None,
+        criu_options: Sequence[str],
+        progress: Callable[[str, DumpStats], None] | None,
+    ) -> None:
+        super().__init__("dump", pid, images_dir, parent, options, keeper, progress)
+        self._criu_path = criu
+        self._criu_options = criu_options
+        self._times = CheckpointTimes()
+
+    async def run(self) -> DumpResult:
+        """Do it; see `checkpoint`."""
+        self._criu: Criu = await in_thread(find, self._criu_path)
+        result = await super().run()
+        result.criu = str(self._criu)
+        result.checkpoint = self._times
+        return result
+
+    async def _dump(self, images: NewImagesDir) -> None:
+        images.number_pages_from(_FIRST_PAGES_ID)
+        place = images.make_subdir(SUBDIR)
+        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
+        buffer = make_buffer(CHUNK_PAGES)
+        await in_thread(self._prepare_tree)
+        self._tell("freezing")
+        gate = Gate(images.make_subdir(GATE))
+        try:
+            run = _Run(self._command(place, gate))
+            began = time.monotonic_ns()
+            try:
+                await in_thread(run.start)
+                await run.until_scan()
+                self._times.before_scan = _since(began)
+                await self._copy(pipeline)
+                await run.until_gate(gate)
+                self._times.waited = _since(began) - self._times.before_scan - self._times.memory
+                await in_thread(self._put_in_place, images, place, buffer)
+                self._left = self._frozen_now()  # what happens now cannot be taken back
+            except BaseException:
+                gate.open(may_pass=False)
+                await run.end()
+                raise
+            gate.open(may_pass=True)
+            status = await run.end()
+        except _CriuEnded as ended:
+            raise self._failed(place, ended.status) from None
+        finally:
+            gate.close()
+        await in_thread(self._conclude, images, place, status)
+
+    def _command(self, place: Path, gate: Gate) -> list[str]:
+        after = {"running": ["--leave-running"], "stopped": ["--leave-stopped"], "killed": []}
+        place_options = ("--images-dir", str(place), "--work-dir", str(place), "--log-file", LOG)
+        return [
+            *(self._criu.path, "dump", "--tree", str(self._pid), *place_options),
+            *("--action-script", str(gate.script), "--timeout", f"{max(1.0, self._options.freeze_timeout):.0f}"),
+            *after[self._options.afterwards],
+            *self._criu_options,
+        ]
+
+    async def _copy(self, pipeline: Pipeline) -> None:
+        """Everything stands still: scan and copy, while CRIU does the rest."""
+        began = time.monotonic_ns()
+        await in_thread(self._take_up_frozen)
+        self._tell("dumping")
+        await pipeline.run(self._owners())
+        self._times.memory = _since(began)
+        root = self._processes.get((self._root.pid, self._root.start_time))
+        if root is None or root.exited:
+            raise TargetExited(f"process {self._pid} exited while it was being dumped", pid=self._pid)
+
+    def _owners(self) -> Iterator[PageOwner]:
+        """Processes only: segments are CRIU's."""
+        yield from self._processes.values()
+
+    def _put_in_place(self, images: NewImagesDir, place: Path, buffer: NDArray[np.uint8]) -> None:
+        """CRIU waits: make one images dir of its images and ours."""
+        began = time.monotonic_ns()
+        self._tell("finishing")
+        for process in self._processes.values():
+            process.write_code_again(buffer)
+        self._finish_pages()
+        ours = {process.task.vpid for process in self._processes.values() if not process.exited}
+        names = sorted(path.name for path in place.iterdir() if path.suffix == ".img")
+        emptied = {name: int(match[1]) for name in names if (match := _PROCESS_PAGEMAP.fullmatch(name))}
+        if missing := set(emptied.values()) - ours:
+            raise CriuError(f"CRIU dumped process {min(missing)}, which incdump did not find", pid=min(missing))
+        replaced = {INVENTORY, *emptied}
+        for name in emptied:
+            replaced.add(f"pages-{decode_pagemap((place / name).read_bytes(), place / name)[0]}.img")
+        for name in names:
+            if name not in replaced:
+                images.adopt(name, place / name)
+        images.write_raw(SIDECAR, json.dumps(self._meta()).encode())
+        images.finish((place / INVENTORY).read_bytes())
+        self._times.in_place = _since(began)
+
+    def _meta(self) -> dict[str, object]:
+        return {**super()._meta(), "kind": "checkpoint"}
+
+    def _frozen_now(self) -> Frozen:
+        tasks = [FrozenTask(p.task.pid, p.task.threads, "S") for p in self._processes.values() if not p.exited]
+        return Frozen(tuple(tasks), (), 0, time.monotonic_ns())
+
+    def _conclude(self, images: NewImagesDir, place: Path, status: int) -> None:
+        """CRIU has ended, the images are whole."""
+        if status:
+            error = self._failed(place, status)
+            if self._root_lives():
+                self._left = None  # the tree is as it was: so is everything else
+                raise error
+            self._warn(f"{error}; the images are complete")
+        elif self._options.afterwards != "killed":
+            self._commit()
+        try:
+            theirs = decode_stats((place / "stats-dump").read_bytes(), place / "stats-dump")
+        except (OSError, ImagesIOError):
+            self._warn("CRIU left no stats-dump: how long the tree was frozen is not known")
+        else:
+            self._stats.freezing_time, self._stats.frozen_time = theirs.freezing_time, theirs.frozen_time
+            self._stats.stopped_time += theirs.freezing_time + theirs.frozen_time
+            self._stats.shpages_scanned = theirs.shpages_scanned
+            self._stats.shpages_written = theirs.shpages_written
+            self._stats.bytes_written += theirs.shpages_written * PAGE_SIZE
+        (images.path / "stats-dump").write_bytes(encode_stats(self._stats))
+        (place / LOG).rename(images.path / LOG)
+        for name in (SUBDIR, GATE):
+            shutil.rmtree(images.path / name, ignore_errors=True)
+
+    def _root_lives(self) -> bool:
+        try:
+            stat = read_stat(self._pid)
+        except ProcessLookupError:
+            return False
+        return stat.start_time == self._root.start_time and not stat.is_dead
+
+    def _failed(self, place: Path, status: int) -> CriuError:
+        how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
+        said = last_errors(place / LOG)
+        return CriuError(
+            f"{self._criu} {how} on process {self._pid}{': ' + said if said else ', and logged no reason'}",
+            pid=self._pid,
+        )
+
+
+class _CriuEnded(Exception):
+    """CRIU has ended before it was told to."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Run:
+    """CRIU's run, as the event loop sees it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._loop = asyncio.get_running_loop()
+        self._scanned = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._criu: LeashedCriu | None = None
+
+    def start(self) -> None:
+        """Start it. Blocks."""
+        self._criu = LeashedCriu(self._command, self._tell(self._scanned), self._tell(self._ended))
+
+    def _tell(self, event: asyncio.Event) -> Callable[[], None]:
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(event.set)
+
+        return tell
+
+    async def until_scan(self) -> None:
+        """Wait for the first scan: the tree is frozen.
+
+        :raises _CriuEnded: CRIU has ended instead.
+        """
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._scanned, self._ended)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self._scanned.is_set():
+            raise _CriuEnded(await self.end())
+
+    async def until_gate(self, gate: Gate) -> None:
+        """Wait until CRIU stands before the gate.
+
+        :raises _CriuEnded: CRIU has ended instead.
+        """
+        while not gate.is_reached:
+            if self._ended.is_set():
+                raise _CriuEnded(await self.end())
+            await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    async def end(self) -> int:
+        """Wait until it has ended, whoever is cancelled meanwhile."""
+        criu = self._criu
+        if criu is None:
+            return 0
+        with anyio.CancelScope(shield=True):
+            return await in_thread(criu.end)
+        raise AssertionError  # a shielded scope swallows nothing
+
+
+def _since(began: int) -> int:
+    """Microseconds since a moment of time.monotonic_ns()."""
+    return (time.monotonic_ns() - began) // 1000

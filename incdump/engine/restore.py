@@ -1,0 +1,111 @@
+"""Bringing a checkpoint back to life: the chain is proved first, then ``criu restore`` does it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from incdump.criu.program import find, last_errors
+from incdump.engine.check import check
+from incdump.engine.threads import in_thread
+from incdump.errors import CriuError, ImagesError, IncdumpError
+from incdump.images.images_dir import ImagesDir
+from incdump.images.stats import decode_restore_stats
+from incdump.model.stats import RestoreResult
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LOG = "criu-restore.log"
+STATS = "stats-restore"
+
+
+async def restore(
+    images_dir: str | os.PathLike[str],
+    *,
+    detached: bool = True,
+    pidfile: str | os.PathLike[str] | None = None,
+    criu: str | None = None,
+    criu_options: Sequence[str] = (),
+) -> RestoreResult:
+    """Restore a process tree from a complete checkpoint, incdump's or CRIU's.
+
+    :param images_dir: the newest directory of the chain.
+    :param detached: return when the tree runs; else when it has ended. A cancelled restore that is not detached ends
+        CRIU, which then ends what it has restored so far, or lets go of a tree that runs already.
+    :param pidfile: where to write the root's pid.
+    :param criu: CRIU's program; None: where it is installed.
+    :param criu_options: further options for ``criu restore``.
+    :raises incdump.errors.ImagesError: the chain is damaged, or holds memory only: nothing was started.
+    :raises incdump.errors.CriuError: CRIU is missing or failed; its reason is in the message.
+    """
+    program = await in_thread(find, criu)
+    images = await in_thread(_prove, images_dir)
+    with tempfile.TemporaryDirectory(prefix="incdump-restore-") as place:
+        pid_path = Path(place) / "pid"
+        with suppress(FileNotFoundError):
+            (images / STATS).unlink()
+        command = [program.path, "restore", "--images-dir", str(images), "--log-file", LOG, "--pidfile", str(pid_path)]
+        command += ["--restore-detached"] if detached else []
+        status = await _run([*command, *criu_options])
+        if status:
+            said = last_errors(images / LOG)
+            how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
+            raise CriuError(
+                f"{program} {how} restoring {images}{': ' + said if said else ', and logged no reason'}", path=images
+            )
+        pid = int(pid_path.read_text())
+    if pidfile is not None:
+        await in_thread(_write, Path(pidfile), f"{pid}\n")
+    stats = images / STATS
+    return RestoreResult(
+        images_dir=str(images),
+        pid=pid,
+        criu=str(program),
+        **decode_restore_stats(stats.read_bytes(), stats) if stats.exists() else {},
+    )
+
+
+def _prove(images_dir: str | os.PathLike[str]) -> Path:
+    """
+    :returns: the directory, absolute.
+    :raises incdump.errors.ImagesError: this is nothing to restore from.
+    """
+    path = Path(os.path.abspath(images_dir))
+    check(path)
+    images = ImagesDir(path)
+    for pid in images.pids():
+        if not (path / f"core-{pid}.img").exists():
+            raise ImagesError(
+                f"{path} holds the memory of process {pid} only (no core-{pid}.img): restore one that "
+                "`incdump checkpoint` or `criu dump` made",
+                path=path,
+            )
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise IncdumpError(f"cannot write {path}: {error.strerror}", path=path, errno=error.errno) from error
+
+
+async def _run(command: Sequence[str]) -> int:
+    """Run CRIU with this process's own streams, which the restored tree gets where it had a terminal."""
+    async with await anyio.open_process(
+        command, stdin=None, stdout=None, stderr=subprocess.DEVNULL, start_new_session=False
+    ) as process:
+        try:
+            return await process.wait()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            raise
