@@ -22,6 +22,7 @@ from tests import oracle
 from tests.command import incdump as command
 from tests.criu.criu import criu_path, restorable_churn, restore
 from tests.criu.namespaces import in_own_namespaces
+from tests.kernel.support import of_forced_tracker as forced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def _criu() -> None:
 
 
 def predump(target: RestorableTarget, images: Path, parent: str | None = None) -> incdump.DumpResult:
-    return anyio.run(partial(incdump.predump, target.pid, images, parent=parent))
+    return anyio.run(partial(incdump.predump, target.pid, images, parent=parent, options=forced(incdump.DumpOptions())))
 
 
 def checkpoint(
@@ -52,7 +53,7 @@ def checkpoint(
     criu: Path | None = None,
     criu_options: tuple[str, ...] = (),
 ) -> incdump.DumpResult:
-    options = incdump.DumpOptions(afterwards=afterwards)
+    options = forced(incdump.DumpOptions(afterwards=afterwards))
     call = partial(incdump.checkpoint, target.pid, images, parent=parent, options=options, criu_options=criu_options)
     return anyio.run(partial(call, criu=str(criu or criu_path())))
 

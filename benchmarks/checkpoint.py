@@ -1,0 +1,82 @@
+"""How long a checkpoint stops its target: ``incdump checkpoint`` on a pre-dump against a plain ``criu dump``.
+
+Both leave the tree running, so that CRIU's killing of it counts for neither; both times are CRIU's own ``frozen_time``.
+A share of 1% of all pages is written between the pre-dump and the checkpoint. A target a quarter as big, with as many
+pages written, shows whether the stop grows with what was not written.
+
+Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+import incdump
+from benchmarks.bench import NotHere
+from benchmarks.report import Report, Verdict, ratios
+from tests.criu.criu import RestorableTarget, criu_path, dump
+from tests.targets.build import build
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.bench import Bench
+    from benchmarks.report import Figures
+
+SHARE = 1
+"""Percent of the bigger target's pages."""
+STOPPED_SHARE = 0.25
+
+
+def run(bench: Bench) -> Iterator[Report]:
+    """Measure targets of twice ``bench.mib`` MiB and of half of it."""
+    if os.geteuid():
+        raise NotHere("needs root, for CRIU")
+    try:
+        criu = str(criu_path())
+    except pytest.skip.Exception as why:
+        raise NotHere(str(why)) from None
+    big, small = 2 * bench.mib, bench.mib // 2
+    figures: Figures = {"criu dump": [], "checkpoint": [], "checkpoint, a quarter": []}
+    memory: list[float] = []
+    for number in range(-1, bench.rounds):
+        plain, incremental, last = _round(bench, criu, big, SHARE, number)
+        _, quarter, _ = _round(bench, criu, small, 4 * SHARE, number)
+        if number >= 0:  # before that it is the warm-up
+            figures["criu dump"].append(plain)
+            figures["checkpoint"].append(incremental)
+            figures["checkpoint, a quarter"].append(quarter)
+            assert last.checkpoint is not None
+            memory.append(last.checkpoint.memory / 1e6)
+    what = f"frozen_time, {big:,} MiB, {SHARE}% written since the pre-dump; a quarter: {small:,} MiB, as many written"
+    report = Report("checkpoint", what, figures=figures)
+    report.compare("checkpoint", "criu dump", limit=STOPPED_SHARE)
+    report.compare("checkpoint", "checkpoint, a quarter")
+    report.verdicts.append(Verdict("incdump's scan and copy / frozen_time", ratios(memory, figures["checkpoint"])))
+    report.notes.append(f"{last.criu}; {last.stats.pages_written:,} pages written in the last checkpoint")
+    yield report
+
+
+def _round(bench: Bench, criu: str, mib: int, share: int, number: int) -> tuple[float, float, incdump.DumpResult]:
+    """One chain on a fresh target; returns the frozen_time of a plain dump and of a checkpoint, seconds."""
+    with RestorableTarget([build("rewriter"), f"--mib={mib}", "--vmas=0"], bench.directory) as target:
+        plain = bench.new_dir()
+        dump(target.pid, plain, "--leave-running", "-v0")
+        stats = incdump.ImagesDir(plain).stats()
+        assert stats is not None
+        first = bench.predump(target)
+        target.dirty(share, seed=number + 2)
+        options = incdump.DumpOptions(afterwards="running")
+        images = bench.new_dir()
+        call = partial(incdump.checkpoint, target.pid, images, parent=first.images_dir, options=options, criu=criu)
+        result = anyio.run(call)
+        if not result.incremental:
+            raise RuntimeError(f"the checkpoint was not incremental: {result.warnings}")
+        bench.untrack(target)
+    bench.clear()
+    return stats.frozen_time / 1e6, result.stats.frozen_time / 1e6, result

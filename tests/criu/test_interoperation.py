@@ -1,0 +1,111 @@
+"""Chains that incdump and the real CRIU make together, each going on where the other has ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import numpy as np
+import pytest
+
+import incdump
+from tests import oracle
+from tests.criu.criu import criu, criu_path, dump, restorable_churn, restore
+from tests.criu.namespaces import in_own_namespaces
+from tests.kernel.support import require_tracker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.criu.criu import RestorableTarget
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
+
+OPTIONS = incdump.DumpOptions(tracker="soft-dirty")
+"""The one tracker that both understand."""
+
+
+@pytest.fixture(autouse=True)
+def _criu() -> None:
+    criu_path()
+
+
+def predump(target: RestorableTarget, images: Path, parent: str | None = None) -> incdump.DumpResult:
+    return anyio.run(partial(incdump.predump, target.pid, images, parent=parent, options=OPTIONS))
+
+
+def written(images: Path) -> tuple[int, int]:
+    """Pages that a dump wrote, and that it left to its parent."""
+    stats = incdump.ImagesDir(images).stats()
+    assert stats is not None
+    return stats.pages_written, stats.pages_skipped_parent
+
+
+@in_own_namespaces
+def test_criu_dumps_on_top_of_incdumps_pre_dumps(images_root: Path) -> None:
+    require_tracker("soft-dirty")
+    with restorable_churn(images_root, seed=31, threads=2) as target:
+        predump(target, images_root / "1")
+        target.step(100)
+        predump(target, images_root / "2", "../1")
+        target.step(100)
+        dump(target.pid, images_root / "3", "--track-mem", "--prev-images-dir", "../2")
+        assert written(images_root / "3")[1] > 0
+        incdump.check(images_root / "3")
+        target.reap()
+        restore(images_root / "3")
+        target.check()
+        target.quit()
+
+
+@in_own_namespaces
+def test_incdump_goes_on_from_crius_pre_dumps_and_criu_from_incdumps(images_root: Path) -> None:
+    require_tracker("soft-dirty")
+    with restorable_churn(images_root, seed=32, threads=2) as target:
+        criu("pre-dump", images_root / "1", "--tree", str(target.pid))
+        target.step(50)
+        criu("pre-dump", images_root / "2", "--tree", str(target.pid), "--prev-images-dir", "../1")
+        target.step(50)
+        result = predump(target, images_root / "3", "../2")
+        assert result.incremental
+        assert result.stats.pages_skipped_parent > 0
+        target.step(50)
+        dump(target.pid, images_root / "4", "--track-mem", "--prev-images-dir", "../3")
+        assert written(images_root / "4")[1] > 0
+        incdump.check(images_root / "4")
+        target.reap()
+        restore(images_root / "4")
+        target.check()
+        target.quit()
+
+
+@in_own_namespaces
+def test_incdump_checks_and_reads_a_dump_that_criu_made(images_root: Path) -> None:
+    images = images_root / "1"
+    with restorable_churn(images_root, seed=33, threads=2, processes=2) as target:
+        target.step(200)
+        dump(target.pid, images, "--leave-stopped")
+        report = incdump.check(images)
+        assert len(report.levels) == 1
+        read = incdump.ImagesDir(images)
+        pids = oracle.tree(target.pid)
+        assert set(read.pids()) == set(pids)
+        for vpid, pid in pids.items():
+            compared = 0
+            entries = read.pagemap(vpid)
+            assert entries is not None
+            with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                for vaddr, pages, _ in entries.tolist():
+                    held = np.frombuffer(read.read(vpid, vaddr, pages * oracle.PAGE), np.uint8)
+                    actual = np.frombuffer(os.pread(memory.fileno(), pages * oracle.PAGE, vaddr), np.uint8)
+                    # The kernel notes each thread's processor in its 32 bytes of rseq area on the way to its stop.
+                    assert len(set((np.flatnonzero(held != actual) // 32).tolist())) <= 4
+                    compared += pages
+            assert compared > 100
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+        target.check()
+        target.quit()

@@ -1,0 +1,29 @@
+"""The tests that need another kernel, in the emulated machine that has it (tests/guest/run)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+LOST = 125
+SECONDS = 1500
+
+
+@pytest.mark.kernel
+@pytest.mark.timeout(2 * SECONDS + 60)
+def test_soft_dirty_and_criu_on_a_kernel_that_has_soft_dirty() -> None:
+    if os.geteuid():
+        pytest.skip("needs root, for a machine of its own")
+    if "INCDUMP_TEST_SLOWER" in os.environ:
+        pytest.skip("soft-dirty: this is that machine")
+    command = [HERE / "run", "--timeout", str(SECONDS), "tests/guest/kernel_tests"]
+    for _ in range(2):  # a machine that is lost says nothing about the tests
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode != LOST:
+            break
+    print(done.stdout)
+    assert done.returncode == 0, "\n".join(done.stdout.splitlines()[-80:])
