@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 pytest_plugins = ("pytester", "tests.require_all")
 
 MARK = "INCDUMP_TEST_SESSION"
-HUGE_PAGES = 4
-"""Fewer than the targets ask for: they are to see an empty pool as well."""
+HUGE_PAGES = 128
+"""More than the targets of a test ever have: from an empty pool the kernel kills who writes to a page that was forked."""
 
 
 def _take_signals() -> None:

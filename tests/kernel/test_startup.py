@@ -50,15 +50,13 @@ def tell():
     sys.stdout.flush()
     os._exit(0)
 
-dump = dumping._dump
-async def hooked(*args, **kwargs):
-    if when == "called":
-        import incdump.engine.dump as engine
-        async def stop(*args, **kwargs):
-            tell()
-        engine.predump = engine.dump = stop
-    return await dump(*args, **kwargs)
-dumping._dump = hooked
+engine = dumping._engine
+def hooked(*args):
+    found = engine(*args)
+    async def stop(*args, **kwargs):
+        tell()
+    return stop if when == "called" else found
+dumping._engine = hooked
 dumping.print_json = lambda value: None
 code = main(arguments)
 assert code == 0, code
