@@ -29,7 +29,7 @@ pytest_plugins = ("pytester", "tests.require_all")
 
 MARK = "INCDUMP_TEST_SESSION"
 HUGE_PAGES = 128
-"""More than the targets of a test ever have: from an empty pool the kernel kills who writes to a page that was forked."""
+"""More than the targets of a test ever have: with an empty pool the kernel kills who writes to a forked page."""
 
 
 def _take_signals() -> None:
