@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
 
 OPS = "write,kwrite,zero,map,free,brk,stack"
-"""Not all that churn can do: of a tree that does everything CRIU finds clean pages that no pre-dump has, and refuses."""
+"""Not all that churn can do: of a tree that does everything CRIU finds clean pages that no parent has, and gives up."""
 OPTIONS = incdump.DumpOptions(tracker="soft-dirty")
 """The one tracker that both understand."""
 
