@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.dumping import dump_options, run_dump
-from incdump.cli.invocation import Command, Invocation
+from incdump.cli.invocation import Command, Invocation, criu_arguments, criu_option
 
 if TYPE_CHECKING:
     from incdump.model.options import Afterwards
@@ -21,10 +21,10 @@ Examples:
 
 @click.command("checkpoint", cls=Command, epilog=_EXAMPLE)
 @dump_options
-@click.option("--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: where it is installed]")
+@criu_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
-@click.argument("criu_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- CRIU-OPTION...]")
+@criu_arguments
 @click.pass_obj
 def command(
     invocation: Invocation,

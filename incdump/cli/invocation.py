@@ -97,6 +97,10 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
 json_option = click.option(
     "--json", is_flag=True, expose_value=False, callback=_set("json"), help="Print one JSON object instead of text."
 )
+criu_option = click.option(
+    "--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: where it is installed]"
+)
+criu_arguments = click.argument("criu_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- CRIU-OPTION...]")
 verbose_option = click.option(
     "-v",
     "--verbose",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import click
 
-from incdump.cli.invocation import Command, Invocation, json_option, print_json, verbose_option
+from incdump.cli.invocation import (
+    Command,
+    Invocation,
+    criu_arguments,
+    criu_option,
+    json_option,
+    print_json,
+    verbose_option,
+)
 from incdump.cli.signals import run
 
 _EXAMPLE = """\b
@@ -20,8 +28,8 @@ Examples:
 )
 @click.option("-d", "--restore-detached", is_flag=True, help="Return when the tree runs, not when it has ended.")
 @click.option("--pidfile", metavar="FILE", help="Write the root's pid there.")
-@click.option("--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: where it is installed]")
-@click.argument("criu_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- CRIU-OPTION...]")
+@criu_option
+@criu_arguments
 @json_option
 @verbose_option
 @click.pass_obj

@@ -19,7 +19,6 @@ import struct
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from incdump._uapi import seccomp
@@ -112,36 +111,28 @@ class LeashedCriu:
             self._on_end()
 
     def _answer(self, notification: seccomp.Notification) -> None:
-        pid = notification.pid
         try:
-            if not self._leave_to_us(notification):
-                seccomp.let_through(self._listener, notification)
-                return
+            end = self._left_to_us(notification)
         except OSError:  # it is being killed
+            end = None
+        if end is None:
             seccomp.let_through(self._listener, notification)
             return
         if not self._scanned:
             self._scanned = True
             self._on_scan()
-        address = notification.arguments[2]
-        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
             if not seccomp.is_waiting(self._listener, notification):
                 return
-            argument = _SCAN_ARGUMENT.unpack(os.pread(memory.fileno(), _SCAN_ARGUMENT.size, address))
-            os.pwrite(memory.fileno(), struct.pack("=Q", argument[_END]), address + 8 * _WALK_END)
+            os.pwrite(memory.fileno(), struct.pack("=Q", end), notification.arguments[2] + 8 * _WALK_END)
         seccomp.answer(self._listener, notification, 0)
 
-    def _leave_to_us(self, notification: seccomp.Notification) -> bool:
-        """Whether this is a look for pages of another process."""
+    def _left_to_us(self, notification: seccomp.Notification) -> int | None:
+        """Where a scan ends that looks for pages of another process; None for any other scan."""
         pid, (fd, _, address, *_) = notification.pid, notification.arguments
         found = _PAGEMAP.search(os.readlink(f"/proc/{pid}/fd/{fd}"))
         if found is None or int(found[1]) in (pid, self._process.pid):
-            return False
+            return None
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
             argument = _SCAN_ARGUMENT.unpack(os.pread(memory.fileno(), _SCAN_ARGUMENT.size, address))
-        return bool((argument[_ANYOF] | argument[_MASK]) & _POPULATED)
-
-
-def launcher() -> Path:
-    """The file that becomes CRIU."""
-    return Path(leashed.__file__)
+        return int(argument[_END]) if (argument[_ANYOF] | argument[_MASK]) & _POPULATED else None

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from incdump.errors import CriuError
 
@@ -62,6 +62,18 @@ def find(path: str | None = None) -> Criu:
         wanted = ".".join(map(str, OLDEST))
         raise CriuError(f"{where} is CRIU {match[1]}: {wanted} or later is needed; give another --criu", path=where)
     return Criu(where, version)
+
+
+def failure(criu: Criu, status: int, doing: str, log: Path, **data: Any) -> CriuError:
+    """The error for a CRIU that has failed, with its own reason.
+
+    :param status: its exit status; negative for a signal.
+    :param doing: what it was doing, after "failed".
+    :param data: the error's ``pid`` or ``path``.
+    """
+    how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
+    said = last_errors(log)
+    return CriuError(f"{criu} {how} {doing}{': ' + said if said else ', and logged no reason'}", **data)
 
 
 def last_errors(log: Path) -> str:

@@ -33,7 +33,7 @@ import anyio
 
 from incdump.criu.gate import Gate
 from incdump.criu.leash import LeashedCriu
-from incdump.criu.program import find, last_errors
+from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
 from incdump.engine.pipeline import Pipeline
 from incdump.engine.threads import in_thread
@@ -47,7 +47,7 @@ from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
-from incdump.proc.identity import read_stat
+from incdump.proc.identity import Identity, is_same
 from incdump.xfer.local import make_buffer
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ async def checkpoint(
     """
     keeper = HolderKeeper()
     options = options or DumpOptions(afterwards="killed")
-    text = None if parent is None else str(parent)
     try:
-        return await CheckpointRun(pid, images_dir, text, options, keeper, criu, criu_options, progress).run()
+        return await CheckpointRun(pid, images_dir, parent, options, keeper, criu, criu_options, progress).run()
     finally:
         keeper.close()
 
@@ -110,7 +109,7 @@ class CheckpointRun(DumpRun):
         self,
         pid: int,
         images_dir: str | os.PathLike[str],
-        parent: str | None,
+        parent: str | os.PathLike[str] | None,
         options: DumpOptions,
         keeper: Keeper,
         criu: str | None,
@@ -220,7 +219,7 @@ class CheckpointRun(DumpRun):
         """CRIU has ended, the images are whole."""
         if status:
             error = self._failed(place, status)
-            if self._root_lives():
+            if is_same(Identity(self._pid, self._root.start_time, self._boot_id)):
                 self._left = None  # the tree is as it was: so is everything else
                 raise error
             self._warn(f"{error}; the images are complete")
@@ -241,20 +240,8 @@ class CheckpointRun(DumpRun):
         for name in (SUBDIR, GATE):
             shutil.rmtree(images.path / name, ignore_errors=True)
 
-    def _root_lives(self) -> bool:
-        try:
-            stat = read_stat(self._pid)
-        except ProcessLookupError:
-            return False
-        return stat.start_time == self._root.start_time and not stat.is_dead
-
     def _failed(self, place: Path, status: int) -> CriuError:
-        how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-        said = last_errors(place / LOG)
-        return CriuError(
-            f"{self._criu} {how} on process {self._pid}{': ' + said if said else ', and logged no reason'}",
-            pid=self._pid,
-        )
+        return failure(self._criu, status, f"on process {self._pid}", place / LOG, pid=self._pid)
 
 
 class _CriuEnded(Exception):

@@ -298,7 +298,8 @@ class DumpRun:
 
     def _prepare_tree(self) -> None:
         processes = self._find_tree()
-        self._may_share = may_share_pages(process.task for process in processes)
+        if self._kind == "dump":
+            self._may_share = may_share_pages(process.task for process in processes)
         for process in processes:
             self._prepare(process)
             if self._kind == "dump":

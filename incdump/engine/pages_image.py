@@ -20,8 +20,6 @@ from incdump.model.runs import (
     intersect,
     member,
     page_addresses,
-    page_count,
-    run,
 )
 from incdump.page_pipe import Chunk, cut
 from incdump.tracking.content import hash_pages
@@ -90,9 +88,8 @@ class PagesImage:
         for start, end in intersect(entry_runs(rows), spans).tolist():
             row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
             place = int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
-            for lo in range(start, end, len(buffer)):
-                part = run(lo, min(lo + len(buffer), end))
-                chunk = Chunk(part, place + (lo - start >> PAGE_SHIFT), page_count(part))
+            again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
+            for chunk in cut(again, place):
                 self.write(chunk, source, buffer, None)
 
     def failed(self) -> Runs:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from incdump.criu.program import find, last_errors
+from incdump.criu.program import failure, find
 from incdump.engine.check import check
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesError, IncdumpError
+from incdump.errors import ImagesError, IncdumpError
 from incdump.images.images_dir import ImagesDir
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
@@ -56,11 +56,7 @@ async def restore(
         command += ["--restore-detached"] if detached else []
         status = await _run([*command, *criu_options])
         if status:
-            said = last_errors(images / LOG)
-            how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-            raise CriuError(
-                f"{program} {how} restoring {images}{': ' + said if said else ', and logged no reason'}", path=images
-            )
+            raise failure(program, status, f"restoring {images}", images / LOG, path=images)
         pid = int(pid_path.read_text())
     if pidfile is not None:
         await in_thread(_write, Path(pidfile), f"{pid}\n")

@@ -44,6 +44,8 @@ class Stat:
     :ivar flags: PF_* bits of the kernel.
     :ivar num_threads: threads that are left; 1 for a zombie.
     :ivar start_time: clock ticks since boot.
+    :ivar start_code: address of the program's code; 1 or 0 for who may not trace it.
+    :ivar start_stack: address of the bottom of its stack; 0 for who may not trace it.
     """
 
     pid: int
@@ -55,6 +57,8 @@ class Stat:
     flags: int
     num_threads: int
     start_time: int
+    start_code: int
+    start_stack: int
 
     @property
     def is_dead(self) -> bool:
@@ -82,6 +86,8 @@ def parse_stat(text: bytes) -> Stat:
         flags=int(field[6]),
         num_threads=int(field[17]),
         start_time=int(field[19]),
+        start_code=int(field[23]),
+        start_stack=int(field[25]),
     )
 
 

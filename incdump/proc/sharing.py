@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
-from incdump.proc.identity import read_proc
+from incdump.proc.identity import read_proc, read_stat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,13 +52,13 @@ def may_share_pages(tasks: Iterable[Task]) -> set[int]:
     return found
 
 
-def _mark(pid: int) -> tuple[bytes, bytes] | None:
-    """Where a process's program and stack begin: fields 26 and 28 of /proc/PID/stat; None if that is not to be seen."""
+def _mark(pid: int) -> tuple[int, int] | None:
+    """Where a process's program and stack begin; None if that is not to be seen."""
     try:
-        field = read_proc(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+        stat = read_stat(pid)
     except OSError:
         return None
-    return (field[23], field[25]) if field[25] != b"0" else None
+    return (stat.start_code, stat.start_stack) if stat.start_stack else None
 
 
 def _has_merged_pages(pid: int) -> bool:

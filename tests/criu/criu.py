@@ -190,6 +190,13 @@ class RestorableTarget(build.Target):
         self._directory.cleanup()
 
 
+def revive(target: RestorableTarget, images: Path) -> None:
+    """Restore a target that a checkpoint has ended; it finds all of its memory as it was."""
+    target.reap()
+    restore(images)
+    target.check()
+
+
 def restorable_churn(
     root: Path, *, seed: int = 1, threads: int = 2, processes: int = 1, mib: int = 16, ops: str = RESTORABLE_OPS
 ) -> RestorableTarget:

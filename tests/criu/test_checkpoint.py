@@ -20,7 +20,7 @@ import pytest
 import incdump
 from tests import oracle
 from tests.command import incdump as command
-from tests.criu.criu import criu_path, restorable_churn, restore
+from tests.criu.criu import criu_path, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import of_forced_tracker as forced
 
@@ -30,15 +30,10 @@ if TYPE_CHECKING:
     from incdump.model.options import Afterwards
     from tests.criu.criu import RestorableTarget
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
 PRIVATE_OPS = "all,-guard,-hugetlb,-sysv,-memfd,-shared,-zombie"
 """Segments have other numbers in CRIU's images than the oracle looks for."""
-
-
-@pytest.fixture(autouse=True)
-def _criu() -> None:
-    criu_path()
 
 
 def predump(target: RestorableTarget, images: Path, parent: str | None = None) -> incdump.DumpResult:
@@ -81,9 +76,7 @@ def test_a_chain_that_ends_in_a_checkpoint_is_restored(images_root: Path) -> Non
         assert result.stats.pages_skipped_parent > 0
         assert result.stats.frozen_time > 0
         incdump.check(images_root / "4")
-        target.reap()
-        restore(images_root / "4")
-        target.check()
+        revive(target, images_root / "4")
         target.step(100)
         target.quit()
 
@@ -151,17 +144,14 @@ def test_every_page_of_a_checkpoint_is_the_stopped_targets(images_root: Path) ->
 def test_a_restored_tree_starts_a_second_generation(images_root: Path) -> None:
     with restorable_churn(images_root, seed=10, threads=2) as target:
         checkpoint(target, images_root / "1")
-        target.reap()
-        restore(images_root / "1")
+        revive(target, images_root / "1")
         target.step(100)
         again = predump(target, images_root / "2", "../1")
         assert not again.incremental
         assert again.warnings
         target.step(100)
         assert checkpoint(target, images_root / "3", "../2").incremental
-        target.reap()
-        restore(images_root / "3")
-        target.check()
+        revive(target, images_root / "3")
         target.quit()
 
 
@@ -262,17 +252,6 @@ def command_line(pid: int) -> list[str]:
     return []
 
 
-def descendants(pid: int) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            field = path.read_text().rpartition(")")[2].split()
-            if int(field[1]) == pid:
-                child = int(path.parent.name)
-                found += [child, *descendants(child)]
-    return found
-
-
 @pytest.mark.parametrize("victim", ["incdump", "criu at the gate", "script"])
 @in_own_namespaces
 def test_whoever_is_killed_the_tree_runs_on_and_the_next_dump_is_right(images_root: Path, victim: str) -> None:
@@ -313,7 +292,7 @@ def kill(process: subprocess.Popen[bytes], victim: str, moment: float) -> bool:
         process.kill()
         return True
     while process.poll() is None:
-        at_work = {pid: words for pid in descendants(process.pid) if (words := command_line(pid))}
+        at_work = {pid: words for pid in oracle.tree(process.pid).values() if (words := command_line(pid))}
         if any("flock" in words[0] for words in at_work.values()):
             name = "flock" if victim == "script" else "criu"
             for pid, words in at_work.items():

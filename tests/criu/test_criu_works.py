@@ -6,18 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.criu.criu import criu_path, dump, restorable_churn, restore
+from tests.criu.criu import dump, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.kernel
-
-
-@pytest.fixture(autouse=True)
-def _criu() -> None:
-    criu_path()
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("real_criu")]
 
 
 @in_own_namespaces
@@ -26,9 +21,7 @@ def test_a_tree_that_was_dumped_and_restored_is_as_it_was(images_root: Path) -> 
     with restorable_churn(images_root, seed=7, threads=3, processes=2) as target:
         target.step(400)
         dump(target.pid, images)  # at rest: a thread that exits right after its restore makes CRIU 4.1 fail
-        target.reap()
-        restore(images)
-        target.check()
+        revive(target, images)
         target.step(100)
         target.quit()
 

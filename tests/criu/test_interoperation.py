@@ -13,7 +13,7 @@ import pytest
 
 import incdump
 from tests import oracle
-from tests.criu.criu import criu, criu_path, dump, restorable_churn, restore
+from tests.criu.criu import criu, dump, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import require_tracker
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.criu.criu import RestorableTarget
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
 OPS = "write,kwrite,zero,map,free,brk,stack"
 """Not all that churn can do: of a tree that does everything CRIU finds clean pages that no parent has, and gives up."""
@@ -30,20 +30,19 @@ OPTIONS = incdump.DumpOptions(tracker="soft-dirty")
 """The one tracker that both understand."""
 
 
-@pytest.fixture(autouse=True)
-def _criu() -> None:
-    criu_path()
-
-
 def predump(target: RestorableTarget, images: Path, parent: str | None = None) -> incdump.DumpResult:
     return anyio.run(partial(incdump.predump, target.pid, images, parent=parent, options=OPTIONS))
 
 
-def written(images: Path) -> tuple[int, int]:
-    """Pages that a dump wrote, and that it left to its parent."""
+def criu_ends_the_chain(target: RestorableTarget, images: Path, parent: str) -> None:
+    """CRIU dumps incrementally on top of the parent, the chain holds, and is restored as the target was."""
+    dump(target.pid, images, "--track-mem", "--prev-images-dir", parent)
     stats = incdump.ImagesDir(images).stats()
     assert stats is not None
-    return stats.pages_written, stats.pages_skipped_parent
+    assert stats.pages_skipped_parent > 0
+    incdump.check(images)
+    revive(target, images)
+    target.quit()
 
 
 @in_own_namespaces
@@ -54,13 +53,7 @@ def test_criu_dumps_on_top_of_incdumps_pre_dumps(images_root: Path) -> None:
         target.step(100)
         predump(target, images_root / "2", "../1")
         target.step(100)
-        dump(target.pid, images_root / "3", "--track-mem", "--prev-images-dir", "../2")
-        assert written(images_root / "3")[1] > 0
-        incdump.check(images_root / "3")
-        target.reap()
-        restore(images_root / "3")
-        target.check()
-        target.quit()
+        criu_ends_the_chain(target, images_root / "3", "../2")
 
 
 @in_own_namespaces
@@ -75,13 +68,7 @@ def test_incdump_goes_on_from_crius_pre_dumps_and_criu_from_incdumps(images_root
         assert result.incremental
         assert result.stats.pages_skipped_parent > 0
         target.step(50)
-        dump(target.pid, images_root / "4", "--track-mem", "--prev-images-dir", "../3")
-        assert written(images_root / "4")[1] > 0
-        incdump.check(images_root / "4")
-        target.reap()
-        restore(images_root / "4")
-        target.check()
-        target.quit()
+        criu_ends_the_chain(target, images_root / "4", "../3")
 
 
 @in_own_namespaces

@@ -6,6 +6,7 @@ Each writes into a page of shared memory, `Board`, which the test reads while th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from incdump._uapi import ptrace
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -141,3 +143,28 @@ class Victims:
         """Kill them."""
         for victim in self._started:
             victim.kill()
+
+
+def queue(pid: int, value: int) -> None:
+    """sigqueue(3) of the first realtime signal."""
+    assert ctypes.CDLL(None).sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
+
+
+def signal_before_interrupt(target: Victim, monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> list[int]:
+    """Have each PTRACE_INTERRUPT meet a target that a signal, queued just before it, is being delivered to.
+
+    :param when: asked each time whether to send one.
+    :returns: how many were sent so far, which is also the last one's value; one number.
+    """
+    interrupt = ptrace.interrupt
+    sent = [0]
+
+    def signal_first(tid: int) -> None:
+        if when():
+            sent[0] += 1
+            queue(target.pid, sent[0])
+            target.wait_until(lambda: target.state() == "t")  # in signal-delivery-stop
+        interrupt(tid)
+
+    monkeypatch.setattr(ptrace, "interrupt", signal_first)
+    return sent

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from incdump._uapi import ptrace
 from incdump.errors import (
     AlreadyTraced,
     FreezeTimeout,
@@ -32,7 +31,17 @@ from incdump.errors import (
 from incdump.freeze import walk
 from incdump.freeze.seize import Freezer
 from incdump.proc.identity import read_stat
-from tests.kernel.freeze_kit import EINTR, ERRORS, QUIT, Victim, Victims, state, tracer_of
+from tests.kernel.freeze_kit import (
+    EINTR,
+    ERRORS,
+    QUIT,
+    Victim,
+    Victims,
+    queue,
+    signal_before_interrupt,
+    state,
+    tracer_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -255,12 +264,12 @@ async def test_signals_are_delivered_exactly_once(victim: START) -> None:
         for _ in range(60):
             for _ in range(10):  # before, and while threads are being stopped
                 sent += 1
-                _queue(target.pid, sent)
+                queue(target.pid, sent)
             await freezer.freeze(target.pid)
             counted = target.value(1)
             for _ in range(5):
                 sent += 1
-                _queue(target.pid, sent)
+                queue(target.pid, sent)
             assert target.value(1) == counted
             await freezer.thaw()
     target.wait_until(lambda: target.value(1) == sent)
@@ -273,23 +282,13 @@ async def test_a_signal_on_its_way_when_a_thread_is_stopped_is_passed_on(
     victim: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = victim("signals")
-    interrupt = ptrace.interrupt
-    sent = 0
-
-    def signal_first(tid: int) -> None:
-        nonlocal sent
-        sent += 1
-        _queue(target.pid, sent)
-        target.wait_until(lambda: target.state() == "t")  # in signal-delivery-stop
-        interrupt(tid)
-
-    monkeypatch.setattr(ptrace, "interrupt", signal_first)
+    sent = signal_before_interrupt(target, monkeypatch, lambda: True)
     async with Freezer() as freezer:
         for _ in range(10):
             await freezer.freeze(target.pid)
-            assert target.value(1) == sent - 1
+            assert target.value(1) == sent[0] - 1
             await freezer.thaw()
-            target.wait_until(lambda: target.value(1) == sent)
+            target.wait_until(lambda: target.value(1) == sent[0])
     target.finish()
 
 
@@ -301,7 +300,7 @@ async def test_signals_that_meet_the_seizing_are_delivered_exactly_once(victim: 
 
     def send() -> None:
         while not stop.is_set():
-            _queue(target.pid, sent[0] + 1)
+            queue(target.pid, sent[0] + 1)
             sent[0] += 1
             target.wait_until(lambda: target.value(1) >= sent[0] - 50)
 
@@ -317,12 +316,6 @@ async def test_signals_that_meet_the_seizing_are_delivered_exactly_once(victim: 
         sender.join()
     target.wait_until(lambda: target.value(1) == sent[0])
     target.finish()
-
-
-def _queue(pid: int, value: int) -> None:
-    """sigqueue(3) of the first realtime signal."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
 
 
 @pytest.mark.asyncio

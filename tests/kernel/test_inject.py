@@ -26,7 +26,17 @@ from incdump.freeze import inject
 from incdump.freeze.choice import candidates
 from incdump.freeze.inject import inject_userfaultfd
 from incdump.freeze.seize import Freezer
-from tests.kernel.freeze_kit import EINTR, ERRORS, SOURCES, Victim, Victims, state, tracer_of
+from tests.kernel.freeze_kit import (
+    EINTR,
+    ERRORS,
+    SOURCES,
+    Victim,
+    Victims,
+    queue,
+    signal_before_interrupt,
+    state,
+    tracer_of,
+)
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -175,11 +185,6 @@ def void(_: object) -> None:
     """Take a value and give nothing."""
 
 
-def queue(pid: int, value: int) -> None:
-    """sigqueue(3) of the first realtime signal."""
-    assert ctypes.CDLL(None).sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
-
-
 def test_signals_that_come_meanwhile_are_delivered_exactly_once_and_as_sent(victim: START) -> None:
     target = victim("signals")
     sent = 0
@@ -198,22 +203,12 @@ def test_a_signal_on_its_way_when_the_thread_is_stopped_is_delivered_first(
     victim: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = victim("signals")
-    interrupt = ptrace.interrupt
-    sent = 0
-
-    def signal_first(tid: int) -> None:
-        nonlocal sent
-        if tracer_of(target.pid) and target.state() != "t":
-            sent += 1
-            queue(target.pid, sent)
-            target.wait_until(lambda: target.state() == "t")  # in signal-delivery-stop
-        interrupt(tid)
-
-    monkeypatch.setattr(ptrace, "interrupt", signal_first)
+    when = lambda: bool(tracer_of(target.pid)) and target.state() != "t"  # noqa: E731
+    sent = signal_before_interrupt(target, monkeypatch, when)
     for i in range(1, 11):
         inject_once(target.pid)
-        assert sent == i
-        target.wait_until(lambda: target.value(1) == sent)
+        assert sent == [i]
+        target.wait_until(lambda: target.value(1) == sent[0])
     target.finish()
 
 
