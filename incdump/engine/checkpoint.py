@@ -37,7 +37,7 @@ from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
 from incdump.engine.pipeline import Pipeline
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesIOError, TargetExited
+from incdump.errors import CriuError, ImagesError, TargetExited
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY, SIDECAR
@@ -227,7 +227,7 @@ class CheckpointRun(DumpRun):
             self._commit()
         try:
             theirs = decode_stats((place / "stats-dump").read_bytes(), place / "stats-dump")
-        except (OSError, ImagesIOError):
+        except (OSError, ImagesError):
             self._warn("CRIU left no stats-dump: how long the tree was frozen is not known")
         else:
             self._stats.freezing_time, self._stats.frozen_time = theirs.freezing_time, theirs.frozen_time

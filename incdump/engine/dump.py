@@ -20,6 +20,7 @@ import os
 import secrets
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Literal
 
@@ -57,6 +58,9 @@ if TYPE_CHECKING:
     from incdump.holder.client import Keeper
 
 Kind = Literal["pre-dump", "dump"]
+
+_LOOKING_AHEAD = 2
+"""Processes that are looked at side by side before the freeze; nearly all of it is the kernel's work."""
 
 
 async def predump(
@@ -298,21 +302,24 @@ class DumpRun:
 
     def _prepare_tree(self) -> None:
         processes = self._find_tree()
-        if self._kind == "dump":
-            self._may_share = may_share_pages(process.task for process in processes)
-        for process in processes:
-            self._prepare(process)
-            if self._kind == "dump":
-                process.ahead = look_ahead(process.task.pid)
+        ahead = [process for process in processes if self._kind == "dump"]
+        with ThreadPoolExecutor(max(1, min(len(ahead), _LOOKING_AHEAD))) as beside:
+            found = [beside.submit(look_ahead, process.task.pid) for process in ahead]
+            self._may_share = may_share_pages(process.task for process in ahead)
+            for process in processes:
+                self._prepare(process)
+        for process, look in zip(ahead, found, strict=True):
+            process.ahead = look.result()
 
     def _take_up_frozen(self) -> None:
         processes = self._find_tree()
         forked = {pid for p in processes if p.task.forked for pid in (p.task.pid, p.task.ppid)}
         for process in processes:
             known = process.prepared
+            until_read = self._kind == "dump"
             # A process that runs on while it is read may fork at any moment.
-            may_share = self._kind == "pre-dump" or not known or process.task.pid in forked | self._may_share
-            process.freeze(process.task, may_share=may_share)
+            may_share = not until_read or not known or process.task.pid in forked | self._may_share
+            process.freeze(process.task, may_share=may_share, until_read=until_read)
             if not known:
                 self._check_incremental(process)
 

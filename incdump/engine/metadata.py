@@ -25,7 +25,7 @@ from incdump.images.mm import encode_mm
 from incdump.images.pstree import encode_pstree
 from incdump.model.regions import PageIs
 from incdump.model.runs import canonical, empty_runs
-from incdump.proc.maps import read_vmas, reread_vmas
+from incdump.proc.maps import read_known_vmas, read_vmas, reread_vmas
 from incdump.proc.mm_info import read_mm_info
 from incdump.proc.shmem import find_segments
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from incdump.model.mm import MmInfo
     from incdump.model.runs import Runs
     from incdump.model.vmas import VmaTable
+    from incdump.proc.maps import KnownVmas
     from incdump.proc.tree import Task
 
 _GUARD_REGIONS = 4096
@@ -46,7 +47,7 @@ _GUARD_REGIONS = 4096
 class Ahead:
     """What was read of a process just before it was frozen."""
 
-    vmas: VmaTable
+    known: KnownVmas
     guards: Runs
 
 
@@ -56,11 +57,10 @@ def look_ahead(pid: int) -> Ahead | None:
     Both readings walk the page tables, so they are made side by side.
     """
     try:
-        bounds = read_vmas(pid, flags=False)
         with ThreadPoolExecutor(1) as beside:
-            guards = beside.submit(_guard_regions, pid, bounds)
-            vmas = read_vmas(pid, flags=True)
-        return Ahead(vmas, guards.result())
+            guards = beside.submit(lambda: _guard_regions(pid, read_vmas(pid, flags=False)))
+            known = read_known_vmas(pid)
+        return Ahead(known, guards.result())
     except (OSError, TargetExited, NoSuchTarget):
         return None
 
@@ -100,14 +100,14 @@ class Metadata:
                 continue
             before = ahead.get(task.pid)
             with contextlib.suppress(TargetExited, NoSuchTarget):
-                tables[task.pid] = reread_vmas(task.pid, None if before is None else before.vmas)
+                tables[task.pid] = reread_vmas(task.pid, None if before is None else before.known)
         files = FileTable(find_segments(tables))
         snapshots = []
         for task in tasks:
             with contextlib.suppress(KeyError, OSError, TargetExited, NoSuchTarget):
                 vmas = tables[task.pid]
                 before = ahead.get(task.pid)
-                same = before is not None and before.vmas is vmas
+                same = before is not None and before.known.vmas is vmas
                 guards = before.guards if before is not None and same else _guard_regions(task.pid, vmas)
                 mapped = files.add_process(task.pid, vmas)
                 snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, guards))

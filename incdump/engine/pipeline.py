@@ -67,7 +67,8 @@ class PageOwner(Protocol):
 class Pipeline:
     """One run of the graph over a number of owners. Its buffers are made with it: before the target is frozen.
 
-    :ivar under_way: set when the first window was read.
+    :ivar under_way: set when the first chunk is being copied, or all windows were read: other work in Python would have
+        held that up.
     """
 
     def __init__(self, writers: int, stats: DumpStats, progress: Callable[[], None]) -> None:
@@ -111,8 +112,8 @@ class Pipeline:
             source = _all_windows(owners)
             while True:
                 item = await in_thread(next, source, None, limiter=self._reading)
-                self.under_way.set()
                 if item is None:
+                    self.under_way.set()
                     return
                 await out.send(item)
 
@@ -139,6 +140,7 @@ class Pipeline:
         with chunks:
             async for item in chunks:
                 self._first_write = self._first_write or time.perf_counter()
+                self.under_way.set()
                 await in_thread(_write, [item, *self._queued(chunks)], buffer, limiter=self._writing)
                 self._last_write = time.perf_counter()
                 self._progress()

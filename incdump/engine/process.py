@@ -116,11 +116,12 @@ class ProcessDump:
             return
         self.incremental = self._parent is not None and self._watch.is_about(self._parent)
 
-    def freeze(self, task: Task, *, may_share: bool) -> None:
+    def freeze(self, task: Task, *, may_share: bool, until_read: bool) -> None:
         """The process is frozen from now on: look at it afresh. Blocks.
 
         :param task: what it is by now.
         :param may_share: see `ProcessMemory`.
+        :param until_read: whether it stays frozen until all of it was read.
         """
         known, self.prepared = self.prepared, True
         self.task = self._watch.task = task
@@ -129,7 +130,7 @@ class ProcessDump:
         self.exited = False
         try:
             self._watch.open_frozen()
-            self._memory = ProcessMemory(task.pid, may_share=may_share)
+            self._memory = ProcessMemory(task.pid, may_share=may_share, stopped=until_read)
         except (TargetExited, NoSuchTarget):
             self.exited = True
         self.incremental = self.incremental and known
@@ -150,7 +151,7 @@ class ProcessDump:
         yield from self._scan() if self._collected is None else self._collected
 
     def _scan(self) -> Iterator[Window]:
-        vmas = reread_vmas(self.task.pid, self.ahead.vmas if self.ahead is not None else None)
+        vmas = reread_vmas(self.task.pid, self.ahead.known if self.ahead is not None else None)
         watched, anew = self._watch.begin(vmas)
         self.vmas, self._rule = vmas, rules(vmas)
         if anew and self.incremental:

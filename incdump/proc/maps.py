@@ -13,8 +13,9 @@ columns become numbers without a Python object for each.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -73,7 +74,58 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
     :raises TargetExited: it is a zombie, or exited meanwhile: it has no memory any more.
     :raises TargetUnsuitable: its main thread has exited before the others.
     """
-    path = f"/proc/{pid}/{'smaps' if flags else 'maps'}"
+    parse = parse_smaps if flags else parse_maps
+    return parse(_read_text(pid, "smaps" if flags else "maps"), shmem_dev=shmem_dev())
+
+
+@dataclass(frozen=True, slots=True)
+class KnownVmas:
+    """The mappings of a process, as they were a moment ago.
+
+    :ivar vmas: with flags.
+    :ivar text: what maps said just after these were read; empty if it showed others.
+    """
+
+    vmas: VmaTable
+    text: bytes
+
+
+def read_known_vmas(pid: int) -> KnownVmas:
+    """Read the mappings of a process, for `reread_vmas`. Raises as `read_vmas` does."""
+    vmas = read_vmas(pid, flags=True)
+    text = _read_text(pid, "maps")
+    return KnownVmas(vmas, text if _shows(text, vmas) else b"")
+
+
+def reread_vmas(pid: int, before: KnownVmas | None) -> VmaTable:
+    """Read the mappings again, with flags, at the price of reading maps where they are the same.
+
+    smaps walks the page tables, some 20 ms a GiB, which is long for a process that is kept stopped meanwhile; and to
+    compare what maps says spares making numbers of it.
+
+    :param before: of a moment ago. If maps shows the same mappings ``before.vmas`` is returned: flags that were changed
+        since without touching any bound (an madvise of a whole mapping) are then those of before. But droppable
+        mappings are not told from others in maps: with one of these, all is read again.
+    :raises TargetError: as `read_vmas`.
+    """
+    if before is not None:
+        text = _read_text(pid, "maps")
+        if text == before.text or _shows(text, before.vmas):
+            return before.vmas
+    return read_vmas(pid, flags=True)
+
+
+def _shows(text: bytes, vmas: VmaTable) -> bool:
+    """Whether maps shows just these mappings, none of which could be another kind of mapping by now."""
+    if (vmas.flags & np.uint64(VmaFlag.DROPPABLE)).any():
+        return False
+    shown = parse_maps(text, shmem_dev=shmem_dev())
+    columns = ("start", "end", "prot", "shared", "pgoff", "dev", "inode")
+    return shown.names == vmas.names and all(np.array_equal(getattr(shown, c), getattr(vmas, c)) for c in columns)
+
+
+def _read_text(pid: int, name: Literal["maps", "smaps"]) -> bytes:
+    path = f"/proc/{pid}/{name}"
     try:
         text = _read_whole(path)
     except PermissionError as e:
@@ -87,26 +139,7 @@ def read_vmas(pid: int, *, flags: bool) -> VmaTable:
         if stays_leaderless(pid):
             raise leaderless(pid)
         raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
-    parse = parse_smaps if flags else parse_maps
-    return parse(text, shmem_dev=shmem_dev())
-
-
-def reread_vmas(pid: int, before: VmaTable | None) -> VmaTable:
-    """Read the mappings again, with flags, at the price of reading maps where they are the same.
-
-    smaps walks the page tables, some 20 ms a GiB, which is long for a process that is kept stopped meanwhile.
-
-    :param before: the table with flags of a moment ago. If maps shows the same mappings it is returned: flags that
-        were changed since without touching any bound (an madvise of a whole mapping) are then those of before. But
-        droppable mappings are not told from others in maps: with one of these, all is read again.
-    :raises TargetError: as `read_vmas`.
-    """
-    if before is not None and not (before.flags & np.uint64(VmaFlag.DROPPABLE)).any():
-        now = read_vmas(pid, flags=False)
-        columns = ("start", "end", "prot", "shared", "pgoff", "dev", "inode")
-        if now.names == before.names and all(np.array_equal(getattr(now, c), getattr(before, c)) for c in columns):
-            return before
-    return read_vmas(pid, flags=True)
+    return text
 
 
 @cache

@@ -12,7 +12,9 @@ all others are read through /proc/PID/mem, at two thirds of the speed.
 
 process_vm_readv goes by pid, /proc/PID/mem by the address space that the process had when the file was opened. Both
 are the same until the process exits or calls exec; then /proc/PID/mem reads nothing any more, which is asked after
-each read: so bytes of a new program, or of a new process under the old pid, are never taken for the target's.
+each read: so bytes of a new program, or of a new process under the old pid, are never taken for the target's. Of a
+process that is kept stopped by ptrace this need not be asked: it cannot call exec, and if it is killed it keeps its
+pid, without any memory, until its tracer lets it go.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from incdump._uapi.memory import IOV_MAX, process_vm_readv, query_vma
 from incdump.errors import NoSuchTarget, TargetDenied, TargetExited
 from incdump.model.runs import PAGE_SHIFT, PAGE_SIZE, Runs, canonical, empty_runs, page_addresses
 from incdump.proc.pagemap import pmes_at
-from incdump.proc.pme import MAPPED_ONCE
+from incdump.proc.pagemap.pme import MAPPED_ONCE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,12 +43,14 @@ class ProcessMemory:
 
     :param pid: the process; it must be alive, and readable with ptrace rights, now.
     :param may_share: whether pages of it may be shared copy-on-write; asking pagemap costs a twentieth of the time.
+    :param stopped: it is kept stopped by ptrace for as long as this object is used.
     :raises NoSuchTarget: it is not there.
     :raises TargetDenied: it may not be read.
     """
 
-    def __init__(self, pid: int, *, may_share: bool = True) -> None:
+    def __init__(self, pid: int, *, may_share: bool = True, stopped: bool = False) -> None:
         self.pid = pid
+        self._stopped = stopped
         self._mem_fd = -1
         self._maps_fd = -1
         self._pagemap_fd = -1
@@ -121,7 +125,8 @@ class ProcessMemory:
             return False
         if copied != wanted:
             return False
-        self._check_alive(int(runs[0, 0]))
+        if not self._stopped:
+            self._check_alive(int(runs[0, 0]))
         return True
 
     def _set_apart(self, runs: Runs, slowly: NDArray[np.bool_] | None) -> tuple[Runs, NDArray[np.bool_] | None]:

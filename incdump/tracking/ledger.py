@@ -32,6 +32,7 @@ class Ledger:
         self._count = 0
         self._limit = COALESCE_RUNS
         self._closed = False
+        self._recording = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Ledger {page_count(self.taken())} pages{', closed' if self._closed else ''}>"
@@ -42,18 +43,19 @@ class Ledger:
         return self._closed
 
     def record(self, runs: Runs) -> None:
-        """Note pages as taken; the caller holds `lock` since before they were.
+        """Note pages as taken; `lock` is held since before they were, by the caller or by who waits for it.
 
         :param runs: shape (n, 2), need not be canonical.
         """
         if not len(runs):
             return
-        self._pieces.append(np.array(runs[:, :2], np.uint64))
-        self._count += len(runs)
-        if self._count > self._limit and len(self._pieces) > 1:
-            self._pieces = [canonical(np.concatenate(self._pieces))]
-            self._count = len(self._pieces[0])
-            self._limit = max(COALESCE_RUNS, 2 * self._count)
+        with self._recording:
+            self._pieces.append(np.array(runs[:, :2], np.uint64))
+            self._count += len(runs)
+            if self._count > self._limit and len(self._pieces) > 1:
+                self._pieces = [canonical(np.concatenate(self._pieces))]
+                self._count = len(self._pieces[0])
+                self._limit = max(COALESCE_RUNS, 2 * self._count)
 
     def record_span(self, lo: int, hi: int) -> None:
         """Note a whole span as taken: what was in it is not known."""

@@ -18,8 +18,10 @@ from incdump.model.regions import PageIs
 from incdump.model.runs import Regions, Runs, canonical
 from incdump.proc import pagemap
 from incdump.proc.maps import parse_maps
-from incdump.proc.pagemap import PIECE, ScanReader, join_near, pieces
-from incdump.proc.pme import clip_to, regions_of_pmes
+from incdump.proc.pagemap import ScanReader, scan
+from incdump.proc.pagemap.entries import PIECE, pieces
+from incdump.proc.pagemap.pme import clip_to, regions_of_pmes
+from incdump.proc.pagemap.reader import join_near
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -162,19 +164,26 @@ class FakeKernel:
     """PAGEMAP_SCAN over one-page regions at every other page, a few at a time."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, *, at_once: int = 3, fail_at: int = -1, number: int = 0
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        at_once: int = 3,
+        fail_at: int = -1,
+        fail_in: int = -1,
+        number: int = 0,
     ) -> None:
+        self.fail_in = fail_in
         self.calls: list[tuple[int, int, dict[str, Any]]] = []
         self.at_once = at_once
         self.fail_at = fail_at
         self.number = number
-        monkeypatch.setattr(pagemap, "pagemap_scan", self.scan)
+        monkeypatch.setattr(scan, "pagemap_scan", self.scan)
 
     def scan(self, fd: int, start: int, end: int, vec: Regions, **options: Any) -> tuple[int, int]:
         self.calls.append((start, end, options))
-        if len(self.calls) - 1 == self.fail_at:
+        if len(self.calls) - 1 == self.fail_at or start <= self.fail_in < end:
             raise OSError(self.number, "made up")
-        pages = range(start, end, 2 * PAGE)[: min(self.at_once, len(vec))]
+        pages = range(start + start % (2 * PAGE), end, 2 * PAGE)[: min(self.at_once, len(vec))]
         for i, page in enumerate(pages):
             vec[i] = page, page + PAGE, PageIs.PRESENT | PageIs.WRITTEN
         return len(pages), min(end, pages[-1] + 2 * PAGE if pages else end)
@@ -237,7 +246,7 @@ def test_an_address_space_that_is_gone_is_an_exited_target(monkeypatch: pytest.M
 
 def test_windows_are_bounded_and_leave_no_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeKernel(monkeypatch, at_once=10**9)
-    monkeypatch.setattr(pagemap, "_SCAN_REGIONS", 5)
+    monkeypatch.setattr(scan, "_SCAN_REGIONS", 5)
     windows = list(ScanReader().windows(-1, vmas((0x10000, 0x18000, ""), (0x30000, 0x48000, ""))))
     assert max(len(w.regions) for w in windows) <= 5
     assert windows[0].lo == 0x10000
@@ -247,6 +256,57 @@ def test_windows_are_bounded_and_leave_no_gap(monkeypatch: pytest.MonkeyPatch) -
         *range(0x10000, 0x18000, 2 * PAGE),
         *range(0x30000, 0x48000, 2 * PAGE),
     ]
+
+
+def in_small_steps(monkeypatch: pytest.MonkeyPatch, first: int, most: int) -> None:
+    for name, pages in (
+        ("_FIRST_SCAN_PAGES", first),
+        ("_FEW_PAGES", 0),
+        ("_SCAN_PAGES", most),
+        ("_WORTH_TWO_THREADS", 2),
+    ):
+        monkeypatch.setattr(scan, name, pages)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 1000])
+@pytest.mark.parametrize(("first", "most"), [(1, 4), (3, 7), (8, 1000), (1000, 1000)])
+def test_two_threads_find_what_one_does(monkeypatch: pytest.MonkeyPatch, at_once: int, first: int, most: int) -> None:
+    in_small_steps(monkeypatch, first, most)
+    kernel = FakeKernel(monkeypatch, at_once=at_once)
+    told: list[Regions] = []
+    table = vmas((0x10000, 0x13000, ""), (0x15000, 0x16000, ""), (0x20000, 0x7B000, ""), (0x90000, 0x92000, "/lib"))
+    windows = list(ScanReader(flags=1, on_regions=told.append).windows(-1, table))
+    found = np.concatenate([w.regions for w in windows])
+    wanted = [page for lo, hi in table.spans().tolist() for page in range(lo, hi, PAGE) if not page % (2 * PAGE)]
+    assert found[:, 0].tolist() == wanted
+    assert set(np.concatenate(told)[:, 0].tolist()) >= set(wanted)
+    assert (windows[0].lo, windows[-1].hi) == (0x10000, 0x92000)
+    assert all(a.hi == b.lo for a, b in pairwise(windows))
+    assert all(w.lo <= lo < hi <= w.hi for w in windows for lo, hi, _ in w.regions.tolist())
+    assert len({start for start, _, _ in kernel.calls}) == len(kernel.calls)
+
+
+@pytest.mark.parametrize("bad", [0x20000, 0x5F000])
+def test_when_one_of_two_threads_fails_what_the_other_took_is_told(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    in_small_steps(monkeypatch, 1000, 1000)
+    FakeKernel(monkeypatch, at_once=1000, fail_in=bad, number=errno.ENOMEM)
+    told: list[Regions] = []
+    failed: list[tuple[int, int]] = []
+    reader = ScanReader(flags=1, on_regions=told.append, on_failure=lambda lo, hi: failed.append((lo, hi)))
+    with pytest.raises(OSError, match="made up"):
+        list(reader.windows(-1, vmas((0x20000, 0x60000, ""))))
+    halves = [(0x20000, 0x40000), (0x40000, 0x60000)]
+    ((lo, hi),) = failed
+    halves.remove((lo, hi))
+    assert lo <= bad < hi
+    assert sorted(by_page(np.concatenate(told))) == list(range(*halves[0], 2 * PAGE))
+
+
+def test_a_sparse_mapping_is_scanned_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 TiB of which nothing is there, as sanitizers reserve."""
+    kernel = FakeKernel(monkeypatch, at_once=0)
+    assert len(np.concatenate([w.regions for w in ScanReader().windows(-1, vmas((0x10000, 1 << 44, "")))])) == 0
+    assert len(kernel.calls) < 20
 
 
 def test_file_is_asked_about_only_near_mappings_of_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""The readers of pagemap entries, `plain` and `cache`; see `incdump.proc.pagemap`."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump import kerndat
+from incdump.model.regions import Window
+from incdump.model.runs import PAGE_SHIFT, page_addresses
+from incdump.proc.pagemap.pme import clip_to, regions_of_pmes
+from incdump.proc.pagemap.reader import Spare, address_space_gone, helper, join_near, wanted_spans
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from incdump.model.runs import Runs
+    from incdump.model.vmas import VmaTable
+
+PIECE = 32 << 20
+"""The most address space that one pread covers, bytes."""
+
+_BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB of pagemap stay in the L2 cache
+_WORTH_TWO_THREADS = 64 << 10  # bytes of pagemap: what the kernel needs a quarter of a millisecond for
+_LONG = 8 << 10  # bytes of pagemap in one pread, on average: shorter ones have the threads fight for the GIL
+
+
+def pieces(spans: Runs, most: int = PIECE) -> Runs:
+    """Cut spans into pieces of at most `most` bytes, in order."""
+    length = spans[:, 1] - spans[:, 0]
+    if not len(spans) or int(length.max()) <= most:
+        return spans
+    count = (length + np.uint64(most - 1)) // np.uint64(most)
+    index = np.repeat(np.arange(len(spans)), count.astype(np.int64))
+    nth = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count.astype(np.int64)).astype(np.int64)
+    start = spans[index, 0] + nth.astype(np.uint64) * np.uint64(most)
+    return np.stack((start, np.minimum(start + np.uint64(most), spans[index, 1])), axis=1)
+
+
+def _batches(segments: Runs) -> Iterator[Runs]:
+    """Group consecutive segments (none longer than `PIECE`) into lots of at most `_BATCH` pages."""
+    reach = np.cumsum((segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT))
+    begin, base = 0, 0
+    while begin < len(segments):
+        end = int(np.searchsorted(reach, base + _BATCH, "right"))
+        yield segments[begin:end]
+        begin, base = end, int(reach[end - 1])
+
+
+def _read_pmes(fd: int, segments: Runs, buffer: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Read the PMEs of all segments into the buffer, a pread each, back to back.
+
+    Long segments are read by two threads, half the entries each: the kernel works all that time, and holds nothing that
+    the other thread would wait for.
+
+    :raises TargetExited: the address space is gone.
+    """
+    view = buffer.data.cast("B")
+    offsets = segments[:, 0] >> np.uint64(PAGE_SHIFT - 3)
+    lengths = (segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT - 3)
+    size = int(lengths.sum())
+    if size < _WORTH_TWO_THREADS or size < len(segments) * _LONG:
+        _read_each(fd, view, 0, offsets.tolist(), lengths.tolist())
+        return buffer[: size >> 3]
+    ends = np.cumsum(lengths)
+    half = size >> 4 << 3
+    middle = int(ends.searchsorted(half, "right"))
+    into = half - (int(ends[middle - 1]) if middle else 0)  # of the segment in the middle
+    first = [*lengths[:middle].tolist(), into]
+    second = lengths[middle:].tolist()
+    second[0] -= into
+    rest = offsets[middle:].tolist()
+    rest[0] += into
+    other = helper().submit(_read_each, fd, view, half, rest, second)
+    try:
+        _read_each(fd, view, 0, offsets[: middle + 1].tolist(), first)
+    finally:
+        wait([other])  # it writes to the buffer
+    other.result()
+    return buffer[: size >> 3]
+
+
+def _read_each(fd: int, view: memoryview, position: int, offsets: list[int], lengths: list[int]) -> None:
+    preadv = os.preadv
+    for offset, length in zip(offsets, lengths, strict=True):
+        end = position + length
+        while position < end:
+            n = preadv(fd, (view[position:end],), offset)
+            if n <= 0:
+                raise address_space_gone()
+            position += n
+            offset += n
+
+
+def pmes_at(pagemap_fd: int, runs: Runs) -> NDArray[np.uint64]:
+    """The PMEs of some pages, read in windows as `CacheReader` does.
+
+    :param runs: canonical, of no more than some thousand pages; all else in between is read along.
+    :returns: an entry for each page, shape (pages,).
+    :raises TargetExited: the address space is gone.
+    """
+    windows = pieces(join_near(runs))
+    sizes = ((windows[:, 1] - windows[:, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    pmes = _read_pmes(pagemap_fd, windows, np.empty(int(sizes.sum()), np.uint64))
+    pages = page_addresses(runs)
+    if len(pages) == len(pmes):
+        return pmes
+    window = windows[:, 0].searchsorted(pages, "right") - 1
+    first = np.cumsum(sizes) - sizes
+    at: NDArray[np.int64] = first[window] + ((pages - windows[window, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    return pmes.take(at)
+
+
+class _PmeReader:
+    """What the two readers of pagemap entries share: read segments, batch by batch, and translate them."""
+
+    def __init__(self) -> None:
+        self._spare = Spare()
+
+    def _read(self, pagemap_fd: int, segments: Runs, wanted: Runs | None) -> Iterator[Window]:
+        """Yield a window per batch of segments.
+
+        :param wanted: what to clip to, canonical; None when the segments are just what is wanted.
+        """
+        pages = int(((segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT)).sum()) if len(segments) else 0
+        zero_pfn = kerndat.zero_page_pfn()
+        with self._spare.borrow((min(pages, _BATCH),)) as buffer:
+            for batch in _batches(segments):
+                regions = regions_of_pmes(batch, _read_pmes(pagemap_fd, batch, buffer), zero_pfn)
+                if wanted is not None:
+                    regions = clip_to(regions, wanted)
+                yield Window(int(batch[0, 0]), int(batch[-1, 1]), regions)
+
+
+class PlainReader(_PmeReader):
+    """A pread per VMA."""
+
+    name = "plain"
+
+    def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
+        """See `PagemapReader.windows`."""
+        return self._read(pagemap_fd, pieces(wanted_spans(vmas)), None)
+
+
+class CacheReader(_PmeReader):
+    """A pread per window of address space that spans many VMAs."""
+
+    name = "cache"
+
+    def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
+        """See `PagemapReader.windows`."""
+        wanted = join_near(wanted_spans(vmas), 0)
+        return self._read(pagemap_fd, pieces(join_near(wanted)), wanted)
