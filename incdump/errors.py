@@ -37,6 +37,7 @@ __all__ = (
     "ImagesIOError",
     "IncdumpError",
     "InjectionFailed",
+    "LeashUnusable",
     "NoSuchTarget",
     "ParentMismatch",
     "TargetDenied",
@@ -174,3 +175,7 @@ class CriuError(IncdumpError):
     """CRIU is missing or too old, refused the process, or failed: the message has what it logged as errors."""
 
     exit_code = 7
+
+
+class LeashUnusable(CriuError):
+    """CRIU cannot be held on a leash here; what was tried has changed nothing."""

@@ -8,9 +8,10 @@ import click
 
 from incdump.cli.dumping import dump_options, run_dump
 from incdump.cli.invocation import Command, Invocation, criu_arguments, criu_option
+from incdump.model.options import WAYS
 
 if TYPE_CHECKING:
-    from incdump.model.options import Afterwards
+    from incdump.model.options import Afterwards, WayName
 
 _EXAMPLE = """\b
 Examples:
@@ -24,6 +25,14 @@ Examples:
 @criu_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
+@click.option(
+    "--way",
+    type=click.Choice(WAYS),
+    default="auto",
+    show_default=True,
+    help="How CRIU is kept from the memory: on a leash (seccomp user notification), or by its own lazy dump, which "
+    "stops the tree for longer. auto: the first that can be used here.",
+)
 @criu_arguments
 @click.pass_obj
 def command(
@@ -32,6 +41,7 @@ def command(
     criu: str | None,
     leave_running: bool,
     leave_stopped: bool,
+    way: WayName,
     criu_options: tuple[str, ...],
     **given: Any,
 ) -> None:
@@ -43,4 +53,4 @@ def command(
     if leave_running and leave_stopped:
         raise click.UsageError("only one of --leave-running and --leave-stopped can be had")
     afterwards: Afterwards = "stopped" if leave_stopped else "running" if leave_running else "killed"
-    run_dump("checkpoint", invocation, afterwards=afterwards, criu=criu, criu_options=criu_options, **given)
+    run_dump("checkpoint", invocation, afterwards=afterwards, criu=criu, way=way, criu_options=criu_options, **given)

@@ -101,13 +101,11 @@ def run_dump(
     timeout: float,
     log_file: str | None,
     afterwards: Afterwards = "running",
-    criu: str | None = None,
-    criu_options: tuple[str, ...] = (),
+    **with_criu: Any,
 ) -> None:
     """Dump, and report.
 
-    :param criu: for a checkpoint: CRIU's program.
-    :param criu_options: for a checkpoint: CRIU's further options.
+    :param with_criu: for a checkpoint: what `incdump.engine.checkpoint.checkpoint` is to be told besides.
     """
     if require_incremental and parent is None:
         raise click.UsageError("--require-incremental needs --prev-images-dir: without it everything is dumped")
@@ -124,7 +122,7 @@ def run_dump(
     )
     with Log(invocation.verbosity, log_file, images_dir) as log:
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))
-        engine = _engine(kind, criu, criu_options)
+        engine = _engine(kind, with_criu)
         result = run(lambda: _dump(engine, pid, images_dir, parent, options, log, show=not invocation.verbosity))
         for warning in result.warnings:
             log.warning(warning)
@@ -137,12 +135,12 @@ def run_dump(
         show_facts(_title(kind, result), facts(kind, result, afterwards))
 
 
-def _engine(kind: Kind, criu: str | None, criu_options: tuple[str, ...]) -> Callable[..., Awaitable[DumpResult]]:
+def _engine(kind: Kind, with_criu: dict[str, Any]) -> Callable[..., Awaitable[DumpResult]]:
     """The engine's function for a kind of dump."""
     if kind == "checkpoint":
         from incdump.engine.checkpoint import checkpoint
 
-        return partial(checkpoint, criu=criu, criu_options=criu_options)
+        return partial(checkpoint, **with_criu)
     from incdump.engine.dump import dump, predump
 
     return predump if kind == "pre-dump" else dump
@@ -213,6 +211,7 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
     if (times := result.checkpoint) is not None:
         parts = f"memory {time_text(times.memory)}, then waiting for CRIU {time_text(times.waited)}"
         lines.append(Fact("all else", result.criu or "", f"{parts}, putting together {time_text(times.in_place)}"))
+        lines.append(Fact("way", times.way, times.why))
     return [
         *lines,
         Fact("time stopped", time_text(s.stopped_time), _stopped_note(kind, result, afterwards)),

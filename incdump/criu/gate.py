@@ -22,7 +22,7 @@ _SCRIPT = """\
 #!/bin/sh
 cd {place} || exit 1
 case "$CRTOOLS_SCRIPT_ACTION" in
-    pre-dump) ! flock --nonblock lock true ;;
+    pre-dump) : > begun && ! flock --nonblock lock true ;;
     post-dump) : > reached && flock lock true && test -e go ;;
 esac
 """
@@ -42,6 +42,11 @@ class Gate:
         self.script = place / "script"
         self.script.write_text(_SCRIPT.format(place=shlex.quote(str(place))))
         self.script.chmod(0o700)
+
+    @property
+    def begun(self) -> float:
+        """When CRIU was about to freeze the tree: seconds since the epoch, as `time.time` counts them."""
+        return (self._place / "begun").stat().st_mtime
 
     @property
     def is_reached(self) -> bool:

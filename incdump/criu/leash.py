@@ -25,7 +25,7 @@ from incdump._uapi import seccomp
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pagemap_scan import PAGEMAP_SCAN
 from incdump.criu import leashed
-from incdump.errors import CriuError
+from incdump.errors import LeashUnusable
 from incdump.model.regions import PageIs
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class LeashedCriu:
     :param command: the program and its arguments.
     :param on_scan: called in that thread at the first scan of another process's memory.
     :param on_end: called there when nothing of CRIU runs any more.
-    :raises incdump.errors.CriuError: it cannot be started, or the kernel has no user notification.
+    :ivar scanned: whether it has scanned another process's memory.
+    :raises incdump.errors.LeashUnusable: there is no user notification to be had for it.
     """
 
     def __init__(self, command: Sequence[str], on_scan: Callable[[], None], on_end: Callable[[], None]) -> None:
         self._on_scan = on_scan
         self._on_end = on_end
-        self._scanned = False
+        self.scanned = False
         ours, theirs = socket.socketpair()
         with ours, theirs:
             numbers = (theirs.fileno(), ARCH.sys_seccomp, ARCH.sys_ioctl, PAGEMAP_SCAN)
@@ -79,7 +80,7 @@ class LeashedCriu:
         if number == 0 and fds:
             return int(fds[0])
         why = os.strerror(number) if number else "its launcher ended"
-        raise CriuError(f"CRIU cannot be held on a leash (seccomp user notification): {why}", errno=number)
+        raise LeashUnusable(f"CRIU cannot be held on a leash (seccomp user notification: {why})", errno=number)
 
     def wait(self) -> int:
         """Wait until it has ended. Blocks.
@@ -91,7 +92,7 @@ class LeashedCriu:
 
     def end(self) -> int:
         """Have it end: it is asked to with SIGTERM, which it does not heed while it dumps, and waited for. Blocks."""
-        if self._process.poll() is None and not self._scanned:
+        if self._process.poll() is None and not self.scanned:
             self._process.send_signal(signal.SIGTERM)
         return self.wait()
 
@@ -118,8 +119,8 @@ class LeashedCriu:
         if end is None:
             seccomp.let_through(self._listener, notification)
             return
-        if not self._scanned:
-            self._scanned = True
+        if not self.scanned:
+            self.scanned = True
             self._on_scan()
         with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
             if not seccomp.is_waiting(self._listener, notification):

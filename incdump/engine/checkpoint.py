@@ -11,6 +11,9 @@
     take over CRIU's images, inventory last
     open the gate ─────────────────────────▶ kill the tree, or let it go on
 
+Where CRIU cannot be held on a leash it makes a lazy dump (`incdump.criu.lazy`): the same, but incdump begins only when
+CRIU stands at the gate, and the tree is stopped for longer.
+
 CRIU works in a directory of its own inside the images dir, and its images are renamed into place while it waits at the
 gate (`incdump.criu.gate`): so there is no moment at which a crash leaves something that looks like a checkpoint and has
 no memory in it. Whoever is killed before the gate opens, the tree runs on. Shared memory is CRIU's to write.
@@ -30,21 +33,23 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 
 from incdump.criu.gate import Gate
+from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu
 from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
 from incdump.engine.pipeline import Pipeline
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesError, TargetExited
+from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY, SIDECAR
 from incdump.images.pagemap import decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
 from incdump.model.options import DumpOptions
-from incdump.model.runs import PAGE_SIZE
+from incdump.model.runs import PAGE_SIZE, PE_PRESENT
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.identity import Identity, is_same
@@ -55,19 +60,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from incdump.criu.program import Criu
     from incdump.engine.pipeline import PageOwner
     from incdump.holder.client import Keeper
     from incdump.images.new_dir import NewImagesDir
+    from incdump.model.options import WayName
     from incdump.model.stats import DumpResult, DumpStats
 
 SUBDIR = "criu-unfinished"
 """Where CRIU works, in the images dir."""
 GATE = "criu-gate"
 LOG = "criu-dump.log"
+_GATE_POLL = 0.1
+"""Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
 _FIRST_PAGES_ID = 1 << 20
 """CRIU numbers its own pages images from 1."""
 _PROCESS_PAGEMAP = re.compile(r"pagemap-(\d+)\.img")
@@ -81,6 +88,7 @@ async def checkpoint(
     options: DumpOptions | None = None,
     criu: str | None = None,
     criu_options: Sequence[str] = (),
+    way: WayName = "auto",
     progress: Callable[[str, DumpStats], None] | None = None,
 ) -> DumpResult:
     """Make a complete checkpoint of a process tree, which ``criu restore`` brings back to life.
@@ -91,13 +99,16 @@ async def checkpoint(
     :param options: ``options.afterwards`` says what becomes of the tree; left out, it is killed, as ``criu dump`` does.
     :param criu: CRIU's program, 4.1 or later; None: where it is installed.
     :param criu_options: further options for ``criu dump``.
+    :param way: how CRIU is kept from the memory: ``"leash"``, ``"lazy-pages"``, or ``"auto"``: the first of these that
+        can be used.
     :raises incdump.errors.CriuError: CRIU is missing, too old, refused the tree or failed; its reason is in the text.
     :raises incdump.IncdumpError: as for `incdump.dump`. The tree runs on, no images are left.
     """
     keeper = HolderKeeper()
     options = options or DumpOptions(afterwards="killed")
     try:
-        return await CheckpointRun(pid, images_dir, parent, options, keeper, criu, criu_options, progress).run()
+        run = CheckpointRun(pid, images_dir, parent, options, keeper, progress)
+        return await run.with_criu(criu, criu_options, way)
     finally:
         keeper.close()
 
@@ -112,49 +123,67 @@ class CheckpointRun(DumpRun):
         parent: str | os.PathLike[str] | None,
         options: DumpOptions,
         keeper: Keeper,
-        criu: str | None,
-        criu_options: Sequence[str],
         progress: Callable[[str, DumpStats], None] | None,
     ) -> None:
         super().__init__("dump", pid, images_dir, parent, options, keeper, progress)
-        self._criu_path = criu
-        self._criu_options = criu_options
         self._times = CheckpointTimes()
 
-    async def run(self) -> DumpResult:
+    async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
-        self._criu: Criu = await in_thread(find, self._criu_path)
-        result = await super().run()
+        self._criu: Criu = await in_thread(find, criu)
+        self._criu_options = criu_options
+        self._way = way
+        result = await self.run()
         result.criu = str(self._criu)
         result.checkpoint = self._times
         return result
 
     async def _dump(self, images: NewImagesDir) -> None:
         images.number_pages_from(_FIRST_PAGES_ID)
-        place = images.make_subdir(SUBDIR)
         pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
         buffer = make_buffer(CHUNK_PAGES)
         await in_thread(self._prepare_tree)
+        ways: tuple[WayName, ...] = ("leash", "lazy-pages") if self._way == "auto" else (self._way,)
+        self._times.why = "it stops the tree least" if self._way == "auto" else "as asked for"
+        for way in ways:
+            self._times.way = way
+            try:
+                await self._dump_by(way, images, pipeline, buffer)
+            except LeashUnusable as error:
+                if way == ways[-1]:
+                    raise
+                self._times.why = str(error)
+                self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
+            else:
+                return
+
+    async def _dump_by(self, way: WayName, images: NewImagesDir, pipeline: Pipeline, buffer: NDArray[np.uint8]) -> None:
+        """:raises incdump.errors.LeashUnusable: nothing has come of it, another way may be tried."""
+        place = images.make_subdir(SUBDIR)
         self._tell("freezing")
         gate = Gate(images.make_subdir(GATE))
         try:
-            run = _Run(self._command(place, gate))
+            run = _Run(self._command(place, gate), self._criu, way, gate)
             began = time.monotonic_ns()
             try:
                 await in_thread(run.start)
-                await run.until_scan()
+                await run.until_frozen()
                 self._times.before_scan = _since(began)
                 await self._copy(pipeline)
-                await run.until_gate(gate)
+                await run.until_gate()
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
                 await in_thread(self._put_in_place, images, place, buffer)
                 self._left = self._frozen_now()  # what happens now cannot be taken back
-            except BaseException:
+            except BaseException as error:
                 gate.open(may_pass=False)
                 await run.end()
+                if isinstance(error, LeashUnusable):
+                    images.remove_subdirs()
                 raise
             gate.open(may_pass=True)
             status = await run.end()
+            if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
+                self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
         except _CriuEnded as ended:
             raise self._failed(place, ended.status) from None
         finally:
@@ -225,20 +254,31 @@ class CheckpointRun(DumpRun):
             self._warn(f"{error}; the images are complete")
         elif self._options.afterwards != "killed":
             self._commit()
-        try:
-            theirs = decode_stats((place / "stats-dump").read_bytes(), place / "stats-dump")
-        except (OSError, ImagesError):
-            self._warn("CRIU left no stats-dump: how long the tree was frozen is not known")
-        else:
-            self._stats.freezing_time, self._stats.frozen_time = theirs.freezing_time, theirs.frozen_time
-            self._stats.stopped_time += theirs.freezing_time + theirs.frozen_time
-            self._stats.shpages_scanned = theirs.shpages_scanned
-            self._stats.shpages_written = theirs.shpages_written
-            self._stats.bytes_written += theirs.shpages_written * PAGE_SIZE
+        if self._times.way == "leash":
+            self._take_over_times(place / "stats-dump")
+        self._count_segments(images.path)
+        self._stats.stopped_time += self._stats.freezing_time + self._stats.frozen_time
         (images.path / "stats-dump").write_bytes(encode_stats(self._stats))
         (place / LOG).rename(images.path / LOG)
         for name in (SUBDIR, GATE):
             shutil.rmtree(images.path / name, ignore_errors=True)
+
+    def _take_over_times(self, path: Path) -> None:
+        try:
+            theirs = decode_stats(path.read_bytes(), path)
+        except (OSError, ImagesError):
+            self._warn("CRIU left no stats-dump: how long the tree was frozen is not known")
+        else:
+            self._stats.freezing_time, self._stats.frozen_time = theirs.freezing_time, theirs.frozen_time
+
+    def _count_segments(self, path: Path) -> None:
+        """Shared memory is CRIU's: what it wrote is counted."""
+        for pagemap in path.glob("pagemap-shmem-*.img"):
+            entries = decode_pagemap(pagemap.read_bytes(), pagemap)[1]
+            pages = int(entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0, 1].sum())
+            self._stats.shpages_scanned += pages
+            self._stats.shpages_written += pages
+            self._stats.bytes_written += pages * PAGE_SIZE
 
     def _failed(self, place: Path, status: int) -> CriuError:
         return failure(self._criu, status, f"on process {self._pid}", place / LOG, pid=self._pid)
@@ -255,16 +295,25 @@ class _CriuEnded(Exception):
 class _Run:
     """CRIU's run, as the event loop sees it."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], criu: Criu, way: WayName, gate: Gate) -> None:
         self._command = command
+        self._version = criu.version
+        self._way = way
+        self._gate = gate
         self._loop = asyncio.get_running_loop()
         self._scanned = asyncio.Event()
         self._ended = asyncio.Event()
-        self._criu: LeashedCriu | None = None
+        self._criu: LeashedCriu | LazyCriu | None = None
 
     def start(self) -> None:
-        """Start it. Blocks."""
-        self._criu = LeashedCriu(self._command, self._tell(self._scanned), self._tell(self._ended))
+        """Start it. Blocks.
+
+        :raises incdump.errors.LeashUnusable: it cannot be held on a leash.
+        """
+        if self._way == "leash":
+            self._criu = LeashedCriu(self._command, self._tell(self._scanned), self._tell(self._ended))
+        else:
+            self._criu = LazyCriu(self._command, self._version, self._tell(self._ended))
 
     def _tell(self, event: asyncio.Event) -> Callable[[], None]:
         def tell() -> None:
@@ -273,26 +322,28 @@ class _Run:
 
         return tell
 
-    async def until_scan(self) -> None:
-        """Wait for the first scan: the tree is frozen.
+    async def until_frozen(self) -> None:
+        """Wait until the tree is frozen, and CRIU does not touch the memory any more.
 
+        :raises incdump.errors.LeashUnusable: CRIU has dumped the memory itself, it did not heed the leash.
         :raises _CriuEnded: CRIU has ended instead.
         """
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._scanned, self._ended)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        while self._way == "leash" and not self._scanned.is_set() and not self._ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(_first_of(self._scanned, self._ended), _GATE_POLL)
+            if self._gate.is_reached and isinstance(self._criu, LeashedCriu) and not self._criu.scanned:
+                raise LeashUnusable(
+                    "CRIU cannot be held on a leash (it looks for pages otherwise than by PAGEMAP_SCAN)"
+                )
         if not self._scanned.is_set():
-            raise _CriuEnded(await self.end())
+            await self.until_gate()
 
-    async def until_gate(self, gate: Gate) -> None:
+    async def until_gate(self) -> None:
         """Wait until CRIU stands before the gate.
 
         :raises _CriuEnded: CRIU has ended instead.
         """
-        while not gate.is_reached:
+        while not self._gate.is_reached:
             if self._ended.is_set():
                 raise _CriuEnded(await self.end())
             await anyio.sleep(0.0005)  # a file appears, made by a shell
@@ -305,6 +356,15 @@ class _Run:
         with anyio.CancelScope(shield=True):
             return await in_thread(criu.end)
         raise AssertionError  # a shielded scope swallows nothing
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def _since(began: int) -> int:

@@ -188,6 +188,11 @@ class NewImagesDir:
         self._subdirs.append(path)
         return path
 
+    def remove_subdirs(self) -> None:
+        """Remove the directories that `make_subdir` made."""
+        while self._subdirs:
+            shutil.rmtree(self._subdirs.pop(), ignore_errors=True)
+
     def adopt(self, name: str, source: Path) -> None:
         """Take over a file that somebody else made, by renaming it.
 
@@ -235,8 +240,7 @@ class NewImagesDir:
             with suppress(OSError):
                 os.unlink(self._made_files.pop(), dir_fd=self._dir_fd)
         self._close()
-        while self._subdirs:
-            shutil.rmtree(self._subdirs.pop(), ignore_errors=True)
+        self.remove_subdirs()
         while self._made_dirs:
             with suppress(OSError):
                 self._made_dirs.pop().rmdir()

@@ -9,8 +9,10 @@ from typing import Literal, TypeAlias
 TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
 PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
 Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
+WayName: TypeAlias = Literal["auto", "leash", "lazy-pages"]
 
 TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
+WAYS: tuple[WayName, ...] = ("auto", "leash", "lazy-pages")
 PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")
 
 

@@ -63,12 +63,17 @@ class DumpStats:
 class CheckpointTimes:
     """How a checkpoint divides, microseconds.
 
-    :ivar before_scan: from the start of CRIU until it has frozen the tree and looks for the first pages.
-    :ivar memory: incdump's scan and copy, the tree frozen, CRIU at work beside it.
+    :ivar way: how CRIU was kept from the memory: ``"leash"`` or ``"lazy-pages"``.
+    :ivar why: why that way.
+    :ivar before_scan: from the start of CRIU until incdump could begin: on the leash the tree is frozen, and CRIU looks
+        for the first pages; by lazy pages it has done all its work.
+    :ivar memory: incdump's scan and copy, the tree frozen; on the leash CRIU is at work beside it.
     :ivar waited: from there until CRIU had written all else.
     :ivar in_place: from there until the images were complete, the tree still frozen.
     """
 
+    way: str = ""
+    why: str = ""
     before_scan: int = 0
     memory: int = 0
     waited: int = 0

@@ -20,6 +20,7 @@ import pytest
 import incdump
 from tests import oracle
 from tests.command import incdump as command
+from tests.command import run_python
 from tests.criu.criu import criu_path, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import of_forced_tracker as forced
@@ -27,7 +28,7 @@ from tests.kernel.support import of_forced_tracker as forced
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from incdump.model.options import Afterwards
+    from incdump.model.options import Afterwards, WayName
     from tests.criu.criu import RestorableTarget
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
@@ -47,10 +48,11 @@ def checkpoint(
     afterwards: Afterwards = "killed",
     criu: Path | None = None,
     criu_options: tuple[str, ...] = (),
+    way: WayName = "auto",
 ) -> incdump.DumpResult:
     options = forced(incdump.DumpOptions(afterwards=afterwards))
-    call = partial(incdump.checkpoint, target.pid, images, parent=parent, options=options, criu_options=criu_options)
-    return anyio.run(partial(call, criu=str(criu or criu_path())))
+    call = partial(incdump.checkpoint, target.pid, images, parent=parent, options=options, way=way)
+    return anyio.run(partial(call, criu=str(criu or criu_path()), criu_options=criu_options))
 
 
 def prove_next(target: RestorableTarget, images: Path, parent: str) -> None:
@@ -63,16 +65,22 @@ def prove_next(target: RestorableTarget, images: Path, parent: str) -> None:
     target.check()
 
 
+WAYS: list[WayName] = ["leash", "lazy-pages"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @in_own_namespaces
-def test_a_chain_that_ends_in_a_checkpoint_is_restored(images_root: Path) -> None:
+def test_a_chain_that_ends_in_a_checkpoint_is_restored(images_root: Path, way: WayName) -> None:
     with restorable_churn(images_root, seed=7, threads=3, processes=2) as target:
         predump(target, images_root / "1")
         for n in (2, 3):
             target.step(200)
             predump(target, images_root / str(n), f"../{n - 1}")
         target.step(200)
-        result = checkpoint(target, images_root / "4", "../3")
+        result = checkpoint(target, images_root / "4", "../3", way=way)
         assert result.incremental
+        assert result.checkpoint is not None
+        assert result.checkpoint.way == way
         assert result.stats.pages_skipped_parent > 0
         assert result.stats.frozen_time > 0
         incdump.check(images_root / "4")
@@ -120,13 +128,14 @@ def maps(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/maps").read_text().splitlines()
 
 
+@pytest.mark.parametrize("way", WAYS)
 @in_own_namespaces
-def test_every_page_of_a_checkpoint_is_the_stopped_targets(images_root: Path) -> None:
+def test_every_page_of_a_checkpoint_is_the_stopped_targets(images_root: Path, way: WayName) -> None:
     with restorable_churn(images_root, seed=9, threads=3, processes=2, ops=PRIVATE_OPS) as target:
         predump(target, images_root / "1")
         for n in range(2, 6):
             target.step(100)
-            checkpoint(target, images_root / str(n), f"../{n - 1}", afterwards="stopped")
+            checkpoint(target, images_root / str(n), f"../{n - 1}", afterwards="stopped", way=way)
             pids = oracle.tree(target.pid)
             monkey_shown, oracle.SHOWN = oracle.SHOWN, 10_000
             report = oracle.compare(images_root / str(n), pids)
@@ -152,6 +161,50 @@ def test_a_restored_tree_starts_a_second_generation(images_root: Path) -> None:
         target.step(100)
         assert checkpoint(target, images_root / "3", "../2").incremental
         revive(target, images_root / "3")
+        target.quit()
+
+
+# --- where CRIU cannot be held on a leash -----------------------------------------------------------------------------
+
+
+FILTERED = Path(__file__).with_name("filtered.py")
+
+
+@in_own_namespaces
+def test_where_somebody_listens_to_system_calls_already_criu_makes_a_lazy_dump(images_root: Path) -> None:
+    with restorable_churn(images_root, seed=16, threads=2, processes=2) as target:
+        predump(target, images_root / "1")
+        target.step(50)
+        incdump_checkpoint = ["-m", "incdump", "checkpoint", "-t", target.pid, "--json", "--criu", criu_path()]
+        listened_to = [FILTERED, "listener", sys.executable, *incdump_checkpoint, "--prev-images-dir", "../1"]
+        done = run_python(*listened_to, "-D", images_root / "none", "--way", "leash")
+        assert done.code == 7
+        assert "leash" in done.error
+        assert not (images_root / "none").exists()
+        done = run_python(*listened_to, "-D", images_root / "2")
+        assert done.code == 0, done
+        assert done.json["incremental"]
+        assert done.json["checkpoint"]["way"] == "lazy-pages"
+        assert "busy" in done.json["checkpoint"]["why"]
+        assert done.json["frozen_time"] > 0
+        revive(target, images_root / "2")
+        target.quit()
+
+
+@in_own_namespaces
+def test_a_criu_that_does_not_scan_makes_a_lazy_dump(images_root: Path) -> None:
+    wrapped = images_root / "criu"
+    wrapped.write_text(f'#!/bin/sh\nexec {sys.executable} {FILTERED} no-scan {criu_path()} "$@"\n')
+    wrapped.chmod(0o700)
+    with restorable_churn(images_root, seed=17, threads=2, processes=2) as target:
+        predump(target, images_root / "1")
+        target.step(50)
+        result = checkpoint(target, images_root / "2", "../1", criu=wrapped)
+        assert result.incremental
+        assert result.checkpoint is not None
+        assert result.checkpoint.way == "lazy-pages"
+        assert any("leash" in warning for warning in result.warnings)
+        revive(target, images_root / "2")
         target.quit()
 
 
@@ -234,6 +287,27 @@ def test_crius_own_reason_is_told_and_the_tree_runs_on(images_root: Path) -> Non
         target.quit()
 
 
+@pytest.mark.parametrize(("room", "error"), [("64k", incdump.IncdumpError), ("6m", incdump.ImagesIOError)])
+@pytest.mark.parametrize("way", WAYS)
+@in_own_namespaces
+def test_when_the_disk_is_full_the_tree_runs_on(
+    images_root: Path, way: WayName, room: str, error: type[incdump.IncdumpError]
+) -> None:
+    """CRIU's images do not fit, or incdump's."""
+    small = images_root / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", small], check=True)
+    with restorable_churn(images_root, seed=18, threads=2, ops=PRIVATE_OPS) as target:
+        predump(target, images_root / "1")
+        target.step(400)
+        with pytest.raises(error, match=r"(?i)space|write"):
+            checkpoint(target, small / "2", str(images_root / "1"), way=way)
+        assert not list(small.rglob("inventory.img"))
+        assert not any(oracle.states(pid) & set("tT") for pid in oracle.tree(target.pid).values())
+        prove_next(target, images_root / "2", "../1")
+        target.quit()
+
+
 def until_criu_has_ended(images: Path) -> None:
     """An incdump that was killed leaves a CRIU that finds out, and gives up."""
     deadline = time.monotonic() + 60
@@ -252,9 +326,12 @@ def command_line(pid: int) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("victim", ["incdump", "criu at the gate", "script"])
 @in_own_namespaces
-def test_whoever_is_killed_the_tree_runs_on_and_the_next_dump_is_right(images_root: Path, victim: str) -> None:
+def test_whoever_is_killed_the_tree_runs_on_and_the_next_dump_is_right(
+    images_root: Path, victim: str, way: WayName
+) -> None:
     rng = random.Random(victim)
     with restorable_churn(images_root, seed=15, threads=3, processes=2, ops=PRIVATE_OPS) as target:
         last, killed = "0", 0
@@ -264,7 +341,17 @@ def test_whoever_is_killed_the_tree_runs_on_and_the_next_dump_is_right(images_ro
             images = images_root / f"{n}-killed"
             arguments = ["checkpoint", "-t", str(target.pid), "-D", str(images), "--prev-images-dir", f"../{last}"]
             process = subprocess.Popen(
-                [sys.executable, "-m", "incdump", *arguments, "--leave-running", "--criu", str(criu_path())],
+                [
+                    sys.executable,
+                    "-m",
+                    "incdump",
+                    *arguments,
+                    "--leave-running",
+                    "--way",
+                    way,
+                    "--criu",
+                    str(criu_path()),
+                ],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
