@@ -18,6 +18,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -31,7 +32,7 @@ from tests.guest.debian import CannotFetchError
 from tests.targets import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 RESTORABLE_OPS = "all,-guard,-hugetlb,-sysv"
 """What churn can do and CRIU can put back."""
@@ -96,6 +97,40 @@ def restore(images: Path, *options: str | os.PathLike[str]) -> None:
     :raises CriuFailed: with the errors that it logged.
     """
     criu("restore", images, "--restore-detached", *options)
+
+
+@contextlib.contextmanager
+def page_server(images: Path, *options: str) -> Iterator[int]:
+    """CRIU's page server for one dump, over when that is; yields its port.
+
+    :raises CriuFailed: it did not end with 0.
+    """
+    images.mkdir(mode=0o700, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    listening, told = os.pipe()
+    place = ("--images-dir", images, "--log-file", "page-server.log", "-v4", "--status-fd", str(told))
+    command: list[str | os.PathLike[str]] = [
+        criu_path(),
+        "page-server",
+        *place,
+        "--address",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *options,
+    ]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[told])
+    os.close(told)
+    try:
+        with open(listening, "rb") as pipe:
+            pipe.read(1)  # a byte when it listens, none when it has ended
+        yield port
+        if server.wait(_SECONDS):
+            raise CriuFailed(f"criu page-server: exit status {server.returncode}")
+    finally:
+        server.kill()
+        server.wait()
 
 
 class RestorableTarget(build.Target):

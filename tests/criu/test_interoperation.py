@@ -13,7 +13,7 @@ import pytest
 
 import incdump
 from tests import oracle
-from tests.criu.criu import criu, dump, restorable_churn, revive
+from tests.criu.criu import criu, dump, page_server, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import require_tracker
 
@@ -69,6 +69,44 @@ def test_incdump_goes_on_from_crius_pre_dumps_and_criu_from_incdumps(images_root
         assert result.stats.pages_skipped_parent > 0
         target.step(50)
         criu_ends_the_chain(target, images_root / "4", "../3")
+
+
+def blocks(images: Path) -> int:
+    """What the pages images take on disk."""
+    return sum(path.stat().st_blocks for path in images.glob("pages-*.img"))
+
+
+@in_own_namespaces
+def test_criu_dumps_to_its_page_server_which_dedups_incdumps_images(images_root: Path) -> None:
+    require_tracker("soft-dirty")
+    source, served = images_root / "source", images_root / "2"
+    with restorable_churn(images_root, seed=34, threads=2, ops=OPS) as target:
+        predump(target, images_root / "1")
+        target.step(100)
+        before = blocks(images_root / "1")
+        with page_server(served, "--prev-images-dir", "../1", "--auto-dedup") as port:
+            to_server = ("--page-server", "--address", "127.0.0.1", "--port", str(port))
+            dump(target.pid, source, "--track-mem", "--prev-images-dir", "../1", *to_server)
+        assert blocks(images_root / "1") < before
+        for image in source.glob("*.img"):
+            image.rename(served / image.name)
+        incdump.check(served)
+        revive(target, served)
+        target.quit()
+
+
+@in_own_namespaces
+def test_criu_dedups_incdumps_images_as_it_dumps(images_root: Path) -> None:
+    require_tracker("soft-dirty")
+    with restorable_churn(images_root, seed=35, threads=2, ops=OPS) as target:
+        predump(target, images_root / "1")
+        target.step(100)
+        before = blocks(images_root / "1")
+        dump(target.pid, images_root / "2", "--track-mem", "--prev-images-dir", "../1", "--auto-dedup")
+        assert blocks(images_root / "1") < before
+        incdump.check(images_root / "2")
+        revive(target, images_root / "2")
+        target.quit()
 
 
 @in_own_namespaces
