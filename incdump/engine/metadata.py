@@ -1,9 +1,9 @@
 """What a dump writes beside pages, so that they can be understood without the process.
 
 Everything is read from /proc while the tree is frozen, beside the copying of pages, and encoded when it runs again:
-pstree.img, mm-PID.img with every mapping, files.img with the executables and mapped files, memfd.img. What takes a walk
-of the page tables (VmFlags, guard regions) is read before the freeze, and again only where the mappings have changed
-since: see `look_ahead`.
+pstree.img, core-PID.img without registers, mm-PID.img with every mapping, files.img with the executables and mapped
+files, memfd.img. What takes a walk of the page tables (VmFlags, guard regions) is read before the freeze, and again
+only where the mappings have changed since: see `look_ahead`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from incdump import kerndat
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pagemap_scan import pagemap_scan
 from incdump.errors import NoSuchTarget, TargetExited
+from incdump.images.core import encode_core
 from incdump.images.files import FileTable
 from incdump.images.mm import encode_mm
 from incdump.images.pstree import encode_pstree
@@ -28,12 +29,14 @@ from incdump.model.runs import canonical, empty_runs
 from incdump.proc.maps import read_known_vmas, read_vmas, reread_vmas
 from incdump.proc.mm_info import read_mm_info
 from incdump.proc.shmem import find_segments
+from incdump.proc.task_core import read_task_core
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from incdump.images.files import MappedFiles
     from incdump.images.new_dir import NewImagesDir
+    from incdump.model.core import TaskCore
     from incdump.model.mm import MmInfo
     from incdump.model.runs import Runs
     from incdump.model.vmas import VmaTable
@@ -70,6 +73,7 @@ class _Snapshot:
     """One process, as /proc shows it."""
 
     task: Task
+    core: TaskCore
     info: MmInfo
     vmas: VmaTable
     files: MappedFiles
@@ -110,13 +114,15 @@ class Metadata:
                 same = before is not None and before.known.vmas is vmas
                 guards = before.guards if before is not None and same else _guard_regions(task.pid, vmas)
                 mapped = files.add_process(task.pid, vmas)
-                snapshots.append(_Snapshot(task, read_mm_info(task.pid), vmas, mapped, guards))
+                core, info = read_task_core(task.pid), read_mm_info(task.pid)
+                snapshots.append(_Snapshot(task, core, info, vmas, mapped, guards))
         return cls([s.task for s in snapshots], snapshots, files)
 
     def write(self, images: NewImagesDir) -> None:
         """Write the images. Blocks."""
         images.write_raw("pstree.img", encode_pstree(self._tasks))
         for s in self._snapshots:
+            images.write_raw(f"core-{s.task.vpid}.img", encode_core(s.core))
             images.write_raw(f"mm-{s.task.vpid}.img", encode_mm(s.info, s.vmas, s.files, s.guards))
         images.write_raw("files.img", self._files.encode_files())
         images.write_raw("memfd.img", self._files.encode_memfds())

@@ -16,6 +16,7 @@ from incdump.criu.program import failure, find
 from incdump.engine.check import check
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError
+from incdump.images.core import has_registers
 from incdump.images.images_dir import ImagesDir
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
@@ -78,9 +79,10 @@ def _prove(images_dir: str | os.PathLike[str]) -> Path:
     check(path)
     images = ImagesDir(path)
     for pid in images.pids():
-        if not (path / f"core-{pid}.img").exists():
+        core = path / f"core-{pid}.img"
+        if not core.exists() or not has_registers(core.read_bytes(), core):
             raise ImagesError(
-                f"{path} holds the memory of process {pid} only (no core-{pid}.img): restore one that "
+                f"{path} holds the memory of process {pid} only (no registers): restore one that "
                 "`incdump checkpoint` or `criu dump` made",
                 path=path,
             )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         (Magic.PSTREE, "19435654 30302750"),
         (Magic.MM, "19435654 20284957"),
         (Magic.PAGEMAP, "19435654 25400856"),
+        (Magic.CORE, "19435654 47380555"),
         (Magic.FILES, "19435654 38313056"),
         (Magic.MEMFD, "19435654 99344548"),
         (Magic.STATS, "40591055 06330957"),
