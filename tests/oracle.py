@@ -58,6 +58,7 @@ PM_PRESENT, PM_SWAP, PM_FILE, PM_GUARD, PM_UFFD_WP = 1 << 63, 1 << 62, 1 << 61, 
 MARKER_TYPE = 31
 CHUNK = 1 << 18  # pages of pagemap at a time: 2 MiB
 SHOWN = 8  # findings of a kind that are kept with their address
+FREEZE_SECONDS = 5.0  # a process that was told to stop does so at once, unless it waits for a processor
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -437,6 +438,18 @@ def states(pid: int) -> set[str]:
     return found
 
 
+def _until_frozen(pid: int) -> None:
+    """A process that was sent SIGSTOP, or that a tracer has left stopped, stops when it gets a processor.
+
+    :raises ValueError: it does not stop.
+    """
+    deadline = time.monotonic() + FREEZE_SECONDS
+    while not states(pid) <= set("tT"):
+        if time.monotonic() > deadline:
+            raise ValueError(f"process {pid} is not frozen: {states(pid)}")
+        time.sleep(0.001)
+
+
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -454,8 +467,7 @@ def compare(images_dir: str | os.PathLike[str], pids: Mapping[int, int], *, fini
         _check_inventory(images, report)
     found: dict[tuple[bool, int], tuple[int, Vma]] = {}
     for vpid, pid in pids.items():
-        if not states(pid) <= set("tT"):
-            raise ValueError(f"process {pid} is not frozen: {states(pid)}")
+        _until_frozen(pid)
         vmas = read_vmas(pid)
         _compare_process(images, vpid, pid, vmas, report)
         for vma in vmas:

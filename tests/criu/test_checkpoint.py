@@ -26,7 +26,7 @@ from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import of_forced_tracker as forced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from incdump.model.options import Afterwards, WayName
     from tests.criu.criu import RestorableTarget
@@ -124,14 +124,6 @@ def is_crius(images: Path, finding: oracle.Finding, pids: dict[int, int]) -> boo
     return len(set((np.flatnonzero(held != actual) // 32).tolist())) == 1
 
 
-def until_stopped(pids: Iterable[int]) -> None:
-    """SIGSTOP was sent when CRIU let them go; they stop when they get a processor."""
-    deadline = time.monotonic() + 60
-    while any(oracle.states(pid) - set("tT") for pid in pids):
-        assert time.monotonic() < deadline, "they do not stop"
-        time.sleep(0.001)
-
-
 def maps(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/maps").read_text().splitlines()
 
@@ -145,7 +137,6 @@ def test_every_page_of_a_checkpoint_is_the_stopped_targets(images_root: Path, wa
             target.step(100)
             checkpoint(target, images_root / str(n), f"../{n - 1}", afterwards="stopped", way=way)
             pids = oracle.tree(target.pid)
-            until_stopped(pids.values())
             monkey_shown, oracle.SHOWN = oracle.SHOWN, 10_000
             report = oracle.compare(images_root / str(n), pids)
             oracle.SHOWN = monkey_shown
