@@ -31,8 +31,9 @@ from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
 from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
-from incdump.freeze.attach import attach, is_ours
+from incdump.freeze.attach import interrupt, is_ours, seize
 from incdump.freeze.choice import has_exited, read_thread_stat
+from incdump.freeze.interrupted import Call, fail_after_all, handler_is_due, look, spare_eintr
 from incdump.freeze.stops import SLOW, Backoff, held_signal, in_real_time, is_group_stop
 from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
 
@@ -60,6 +61,8 @@ class Thread:
     :ivar is_stopped: it was seen in a ptrace-stop.
     :ivar in_vfork: it waits for its vfork child and cannot stop.
     :ivar held: signal to pass on.
+    :ivar seen_in: the call that it slept in before.
+    :ivar is_spared: a wait of it that the stop made fail goes on afterwards.
     """
 
     pid: int
@@ -68,6 +71,8 @@ class Thread:
     in_vfork: bool = False
     in_group_stop: bool = False
     held: int = 0
+    seen_in: Call | None = None
+    is_spared: bool = False
 
 
 @dataclass(slots=True)
@@ -183,8 +188,12 @@ class TreeWalk:
             del process.threads[tid]
         found_new = False
         for tid in sorted(tids - process.threads.keys()):
-            if attach(process.pid, tid):
-                process.threads[tid] = Thread(process.pid, tid)  # at once: `reap_stalled` and `thaw` have to know
+            if not seize(process.pid, tid):
+                continue
+            seen_in = look(process.pid, tid)
+            if interrupt(tid):
+                # At once: `reap_stalled` and `thaw` have to know.
+                process.threads[tid] = Thread(process.pid, tid, seen_in=seen_in)
                 found_new = True
         process.is_settled = was_stopped and not found_new
         if not process.threads:
@@ -226,8 +235,11 @@ class TreeWalk:
         """See to it that an endless wait goes on afterwards, and does so even if we are killed."""
         registers = self._registers
         with contextlib.suppress(ProcessLookupError):  # killed since: it will be found out
-            if ptrace.getregset(thread.tid, registers) == ctypes.sizeof(registers) and ARCH.spare_eintr(registers):
+            if ptrace.getregset(thread.tid, registers) != ctypes.sizeof(registers):
+                return
+            if spare_eintr(thread.pid, thread.tid, registers, thread.seen_in):
                 ptrace.setregset(thread.tid, registers)
+                thread.is_spared = True
 
     def _is_to_come(self, thread: Thread) -> bool:
         """Whether a thread that has not stopped so far still may."""
@@ -375,6 +387,8 @@ class TreeWalk:
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
+            if thread.is_spared and ARCH.orig < 0 and handler_is_due(thread.pid, thread.tid, thread.held):
+                fail_after_all(thread.tid, self._registers)
             ptrace.detach(thread.tid, thread.held)
             thread.is_stopped = False
         except ProcessLookupError:

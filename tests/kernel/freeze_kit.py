@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 SOURCES = Path(__file__).parent / "victims"
 ERRORS, EINTR, QUIT, BEATS = range(4)
+HANDLER_ENDS = [
+    *("read", "poll", "ppoll", "select", "pselect", "epoll_wait", "epoll_pwait", "futex", "sigwait"),
+    *("nanosleep", "clock_nanosleep", "futex with a timeout", "poll with a timeout", "select with a timeout"),
+]
+"""The waits of victims/freeze_waits.c that a signal handler ends with EINTR."""
 
 
 class Victim:
@@ -43,9 +48,9 @@ class Victim:
         )
         self.pid = self.popen.pid
         assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        if not line:
-            if self.popen.wait() == 77:
+        if not self.popen.stdout.readline():
+            self.kill()
+            if self.popen.returncode == 77:
                 pytest.skip(f"{binary.name}: not on this machine")
             raise AssertionError(f"the victim did not start: {self.popen.returncode}")
 
@@ -56,6 +61,10 @@ class Victim:
     def value(self, index: int) -> int:
         """One of the victim's own words."""
         return self.slot(4 + index)
+
+    def result(self) -> int:
+        """What the call has returned, of freeze_waits.c."""
+        return ctypes.c_int64(self.value(1)).value
 
     def set(self, index: int, value: int) -> None:
         """Write a word of the board."""

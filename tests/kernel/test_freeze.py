@@ -34,6 +34,7 @@ from incdump.proc.identity import read_stat
 from tests.kernel.freeze_kit import (
     EINTR,
     ERRORS,
+    HANDLER_ENDS,
     QUIT,
     Victim,
     Victims,
@@ -594,6 +595,21 @@ async def test_an_endless_wait_goes_on_and_ends_with_what_it_waits_for(victim: S
         assert target.value(2) == errno.EAGAIN, "it went to sleep again, and saw that the word has changed"
     else:
         assert target.value(1) == {"sigwait": signal.SIGUSR1, "futex": 0, "sigsuspend": 0}.get(call, 1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", HANDLER_ENDS)
+async def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: START, call: str) -> None:
+    target = victim("waits", call, 600_000)
+    target.wait_until(lambda: target.value(0) == 1 and target.state() == "S")
+    async with Freezer() as freezer:
+        for i in range(3):
+            await freezer.freeze(target.pid)
+            if i == 2:
+                os.kill(target.pid, signal.SIGUSR2)
+            await freezer.thaw()
+        assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
 
 
 def _end_wait(target: Victim, call: str) -> None:

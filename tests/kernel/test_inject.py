@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from incdump._uapi import ptrace
-from incdump._uapi.arch import ARCH, ARCHS, ERESTARTNOHAND
+from incdump._uapi.arch import ARCH, ARCHS, ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTSYS
 from incdump.errors import AlreadyTraced, InjectionFailed, NoSuchTarget, TargetExited, TargetUnsuitable
 from incdump.freeze import inject
 from incdump.freeze.choice import candidates
@@ -29,6 +29,7 @@ from incdump.freeze.seize import Freezer
 from tests.kernel.freeze_kit import (
     EINTR,
     ERRORS,
+    HANDLER_ENDS,
     SOURCES,
     Victim,
     Victims,
@@ -179,6 +180,18 @@ def test_a_wait_for_a_signal_ends_with_the_signal(victim: START, call: str) -> N
     os.close(fd)
     assert target.popen.wait(10) == 0
     assert target.value(1) == (signal.SIGUSR1 if call == "sigwait" else 0)
+
+
+@pytest.mark.parametrize("call", HANDLER_ENDS)
+def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: START, call: str) -> None:
+    target = victim("waits", call, 600_000)
+    target.wait_until(lambda: target.value(0) == 1 and target.state() == "S")
+    for _ in range(3):
+        inject_once(target.pid)
+    fd, _ = inject_userfaultfd(target.pid, FLAGS, on_stopped=lambda: os.kill(target.pid, signal.SIGUSR2))
+    os.close(fd)
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
 
 
 def void(_: object) -> None:
@@ -505,3 +518,31 @@ def test_only_an_endless_wait_is_made_to_start_again() -> None:
     assert not arch.spare_eintr(registers)
     assert ARCH.name == platform.machine()
     assert ERRORS == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "timeout", "code", "code_if_seen"),
+    [
+        (63, 0, 0, ERESTARTSYS, ERESTARTSYS),  # read
+        (73, 0, 0, ERESTARTNOHAND, ERESTARTNOHAND),  # ppoll
+        (22, 0, 0, ERESTARTNOHAND, ERESTARTNOHAND),  # epoll_pwait
+        (101, 0, 0, None, ERESTART_RESTARTBLOCK),  # nanosleep
+        (115, 0, 0, None, ERESTART_RESTARTBLOCK),  # clock_nanosleep
+        (115, 1, 0, ERESTARTNOHAND, ERESTARTNOHAND),  # until a time
+        (128, 0, 0, ERESTART_RESTARTBLOCK, ERESTART_RESTARTBLOCK),  # restart_syscall
+        (98, 0x80, 0, ERESTARTSYS, ERESTARTSYS),  # futex: wait
+        (98, 0x89, 0x7000, None, ERESTART_RESTARTBLOCK),  # with a timeout
+        (98, 0x81, 0, None, None),  # wake
+        (172, 0, 0, None, None),  # getpid
+    ],
+)
+def test_what_a_rewound_call_returned_is_known(
+    number: int, flags: int, timeout: int, code: int | None, code_if_seen: int | None
+) -> None:
+    arch = ARCHS["aarch64"]
+    registers = arch.registers()
+    registers[arch.number] = number
+    registers[arch.arguments[1]] = flags
+    registers[arch.arguments[3]] = timeout
+    assert arch.restart_of(registers, was_waiting=False) == code
+    assert arch.restart_of(registers, was_waiting=True) == code_if_seen
