@@ -103,15 +103,12 @@ def fail_after_all(tid: int, registers: Registers) -> None:
     ptrace.setregset(tid, registers)
 
 
-def handler_is_due(pid: int, tid: int, held: int) -> bool:
-    """Whether a signal handler will run when a stopped thread is let go.
+def has_handler(pid: int, tid: int, number: int) -> bool:
+    """Whether a signal makes a handler of the process run.
 
-    :param held: the signal that its stop holds up, or 0.
+    :raises ProcessLookupError: it is gone.
     """
-    status = read_status(pid, tid)
-    own, shared, blocked, caught = (int(status[name], 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt"))
-    passed_on = 1 << held - 1 if held else 0
-    return bool(((own | shared) & ~blocked | passed_on) & caught)
+    return bool(int(read_status(pid, tid)["SigCgt"], 16) >> number - 1 & 1)
 
 
 def is_instruction(tid: int, address: int) -> bool:

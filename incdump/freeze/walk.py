@@ -32,9 +32,17 @@ from incdump._uapi.libc import syscall
 from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.attach import interrupt, is_ours, seize
-from incdump.freeze.choice import has_exited, read_thread_stat
-from incdump.freeze.interrupted import Call, fail_after_all, handler_is_due, look, spare_eintr
-from incdump.freeze.stops import SLOW, Backoff, held_signal, in_real_time, is_group_stop
+from incdump.freeze.choice import has_exited, is_gone, read_thread_stat
+from incdump.freeze.interrupted import Call, fail_after_all, has_handler, look, spare_eintr
+from incdump.freeze.stops import (
+    SLOW,
+    Backoff,
+    held_signal,
+    in_real_time,
+    is_group_stop,
+    is_syscall_stop,
+    wait_for_stop,
+)
 from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
 
 if TYPE_CHECKING:
@@ -42,6 +50,8 @@ if TYPE_CHECKING:
 
 LET_GO_TIMEOUT = 0.05
 """Seconds to wait for a thread to leave vfork(2) after its child was let go."""
+WAIT_TIMEOUT = 5.0
+"""Seconds for a thread to get from its stop to the entry of the wait that it makes again."""
 DEATH_TIMEOUT = 5.0
 """Seconds to wait for a killed tree to be dead, and for a stopped one to be seen stopped."""
 
@@ -387,14 +397,37 @@ class TreeWalk:
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
-            if thread.is_spared and ARCH.orig < 0 and handler_is_due(thread.pid, thread.tid, thread.held):
-                fail_after_all(thread.tid, self._registers)
+            if thread.is_spared and ARCH.orig < 0:
+                self._to_wait_again(thread)
             ptrace.detach(thread.tid, thread.held)
             thread.is_stopped = False
         except ProcessLookupError:
             thread.is_stopped = False
             if not self._reap(self.processes[thread.pid], thread.tid):
                 self.has_leftovers = True
+
+    def _to_wait_again(self, thread: Thread) -> None:
+        """aarch64: have a thread make its wait again, and stop at the entry, where signals find it in the call.
+
+        A handler that is to run before sees it fail with EINTR, as it would have without us. If we are killed here the
+        wait goes on all the same.
+
+        :raises ProcessLookupError: it is gone, or does not get there.
+        """
+        ptrace.setoptions(thread.tid, ptrace.PTRACE_O_TRACESYSGOOD)
+        while not thread.in_group_stop:
+            if thread.held and has_handler(thread.pid, thread.tid, thread.held):
+                fail_after_all(thread.tid, self._registers)
+                return
+            ptrace.cont_to_syscall(thread.tid, thread.held)
+            thread.is_stopped = False
+            if not wait_for_stop(thread.tid, self._info, WAIT_TIMEOUT, lambda: is_gone(thread.pid, thread.tid)):
+                raise ProcessLookupError
+            thread.is_stopped = True
+            thread.held = held_signal(self._info)
+            thread.in_group_stop = is_group_stop(self._info)
+            if is_syscall_stop(self._info):
+                return
 
     def _await_death(self, processes: list[Process]) -> None:
         """Wait until every process is dead. Its parent may yet have to reap it."""

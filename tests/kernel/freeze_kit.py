@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from incdump._uapi import ptrace
 from tests.targets import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SOURCES = Path(__file__).parent / "victims"
 ERRORS, EINTR, QUIT, BEATS = range(4)
@@ -157,6 +158,41 @@ class Victims:
 def queue(pid: int, value: int) -> None:
     """sigqueue(3) of the first realtime signal."""
     assert ctypes.CDLL(None).sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
+
+
+@contextlib.contextmanager
+def signals_one_by_one(target: Victim) -> Iterator[None]:
+    """Send SIGUSR2 to freeze_signalled.c for as long as the context lasts, the next when one has ended a wait.
+
+    No signal is without its effect, and nothing but signals ends a wait.
+    """
+    stop = threading.Event()
+    seen: list[tuple[int, int, int]] = []
+
+    def send() -> None:
+        sent = 0
+        while not stop.is_set():
+            os.kill(target.pid, signal.SIGUSR2)
+            sent += 1
+            deadline = time.monotonic() + 30
+            while target.value(1) < sent and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            seen.append((sent, target.value(0), target.value(1)))
+            if seen[-1] != (sent, sent, sent):
+                return
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sender.join()
+    sent = len(seen)
+    assert seen[-1] == (sent, sent, sent), "signals, runs of the handler, waits ended"
+    target.set(QUIT, 1)
+    os.kill(target.pid, signal.SIGUSR2)
+    target.finish()
 
 
 def signal_before_interrupt(target: Victim, monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> list[int]:

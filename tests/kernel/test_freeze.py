@@ -40,6 +40,7 @@ from tests.kernel.freeze_kit import (
     Victims,
     queue,
     signal_before_interrupt,
+    signals_one_by_one,
     state,
     tracer_of,
 )
@@ -610,6 +611,16 @@ async def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: 
             await freezer.thaw()
         assert target.popen.wait(10) == 0
     assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
+
+
+@pytest.mark.asyncio
+async def test_each_signal_ends_one_wait_and_nothing_else_does(victim: START) -> None:
+    target = victim("signalled")
+    with signals_one_by_one(target):
+        async with Freezer() as freezer:
+            for _ in range(300):
+                await freezer.freeze(target.pid)
+                await freezer.thaw()
 
 
 def _end_wait(target: Victim, call: str) -> None:

@@ -35,6 +35,7 @@ from tests.kernel.freeze_kit import (
     Victims,
     queue,
     signal_before_interrupt,
+    signals_one_by_one,
     state,
     tracer_of,
 )
@@ -192,6 +193,13 @@ def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: START,
     os.close(fd)
     assert target.popen.wait(10) == 0
     assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
+
+
+def test_each_signal_ends_one_wait_and_nothing_else_does(victim: START) -> None:
+    target = victim("signalled")
+    with signals_one_by_one(target):
+        for _ in range(300):
+            inject_once(target.pid)
 
 
 def void(_: object) -> None:
