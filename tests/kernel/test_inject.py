@@ -189,6 +189,7 @@ def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: START,
     target.wait_until(lambda: target.value(0) == 1 and target.state() == "S")
     for _ in range(3):
         inject_once(target.pid)
+        target.wait_until(lambda: target.state() == "S")  # it waits again
     fd, _ = inject_userfaultfd(target.pid, FLAGS, on_stopped=lambda: os.kill(target.pid, signal.SIGUSR2))
     os.close(fd)
     assert target.popen.wait(10) == 0
