@@ -108,7 +108,7 @@ class TreeWalk:
 
     :ivar processes: by pid, parents before children.
     :ivar exited: pids of processes that were in the tree and exited meanwhile.
-    :ivar has_leftovers: threads are traced that could not be let go: only the end of the tracing thread does that.
+    :ivar has_leftovers: threads are traced that were not let go: only the end of the tracing thread does that.
     """
 
     def __init__(self) -> None:
@@ -397,8 +397,8 @@ class TreeWalk:
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
-            if thread.is_spared and ARCH.orig < 0:
-                self._to_wait_again(thread)
+            if thread.is_spared and ARCH.orig < 0 and self._waits_again(thread):
+                return
             ptrace.detach(thread.tid, thread.held)
             thread.is_stopped = False
         except ProcessLookupError:
@@ -406,28 +406,33 @@ class TreeWalk:
             if not self._reap(self.processes[thread.pid], thread.tid):
                 self.has_leftovers = True
 
-    def _to_wait_again(self, thread: Thread) -> None:
-        """aarch64: have a thread make its wait again, and stop at the entry, where signals find it in the call.
+    def _waits_again(self, thread: Thread) -> bool:
+        """aarch64: have a thread make its wait again, where signals find it in the call.
 
-        A handler that is to run before sees it fail with EINTR, as it would have without us. If we are killed here the
-        wait goes on all the same.
+        It is let run from a stop at the entry. To detach it there would interrupt it once more, so that is left to the
+        end of our own thread. A handler that is to run before sees the wait fail with EINTR, as it would have without
+        us. If we are killed here the wait goes on all the same, or fails with EINTR.
 
+        :returns: False: it is stopped, and to be detached.
         :raises ProcessLookupError: it is gone, or does not get there.
         """
         ptrace.setoptions(thread.tid, ptrace.PTRACE_O_TRACESYSGOOD)
         while not thread.in_group_stop:
             if thread.held and has_handler(thread.pid, thread.tid, thread.held):
                 fail_after_all(thread.tid, self._registers)
-                return
+                break
             ptrace.cont_to_syscall(thread.tid, thread.held)
             thread.is_stopped = False
             if not wait_for_stop(thread.tid, self._info, WAIT_TIMEOUT, lambda: is_gone(thread.pid, thread.tid)):
                 raise ProcessLookupError
+            if is_syscall_stop(self._info):
+                ptrace.cont(thread.tid)
+                self.has_leftovers = True
+                return True
             thread.is_stopped = True
             thread.held = held_signal(self._info)
             thread.in_group_stop = is_group_stop(self._info)
-            if is_syscall_stop(self._info):
-                return
+        return False
 
     def _await_death(self, processes: list[Process]) -> None:
         """Wait until every process is dead. Its parent may yet have to reap it."""
