@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SOURCES = Path(__file__).parent / "victims"
 ERRORS, EINTR, QUIT, BEATS = range(4)
+SLOWER = float(os.environ.get("INCDUMP_TEST_SLOWER", "1"))
+SLEEP = int(400 * min(SLOWER, 10))
+"""Milliseconds: long enough for several stops, also where all is emulated."""
 HANDLER_ENDS = [
     *("read", "poll", "ppoll", "select", "pselect", "epoll_wait", "epoll_pwait", "futex", "sigwait"),
     *("nanosleep", "clock_nanosleep", "futex with a timeout", "poll with a timeout", "select with a timeout"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -131,7 +132,8 @@ class ScanReader:
         wanted = join_near(wanted_spans(vmas), 0)
         if not len(wanted):
             return
-        lo, hi = int(wanted[0, 0]), int(wanted[-1, 1])
+        lowest = lo = int(wanted[0, 0])
+        hi = int(wanted[-1, 1])
         found: list[Regions] = []
         pages_wanted = _Pages(wanted)
         count, pages, most = 0, 0, pages_wanted.first_step
@@ -144,6 +146,8 @@ class ScanReader:
                     if count >= _SCAN_REGIONS or pages >= most:
                         yield Window(lo, at, clip_to(np.concatenate(found), wanted))
                         lo, found, count, pages, most = at, [], 0, 0, min(4 * most, _SCAN_PAGES)
+        if not os.pread(pagemap_fd, 8, lowest >> PAGE_SHIFT - 3):  # Linux 6.12 scans what is gone as if it were empty
+            raise address_space_gone()
         if lo < hi:
             yield Window(lo, hi, clip_to(np.concatenate(found), wanted))
 
