@@ -196,11 +196,11 @@ class TreeWalk:
         was_stopped = all(thread.is_stopped or thread.in_vfork for thread in process.threads.values())
         for tid in process.threads.keys() - tids:
             del process.threads[tid]
-        found_new = False
+        found_new, is_first = False, not process.threads
         for tid in sorted(tids - process.threads.keys()):
             if not seize(process.pid, tid):
                 continue
-            seen_in = look(process.pid, tid)
+            seen_in = look(process.pid, tid) if is_first else None  # those that turn up later have just begun
             if interrupt(tid):
                 # At once: `reap_stalled` and `thaw` have to know.
                 process.threads[tid] = Thread(process.pid, tid, seen_in=seen_in)

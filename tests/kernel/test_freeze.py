@@ -37,6 +37,7 @@ from tests.kernel.freeze_kit import (
     HANDLER_ENDS,
     QUIT,
     SLEEP,
+    SLOWER,
     Victim,
     Victims,
     queue,
@@ -116,7 +117,7 @@ async def _fail_while_frozen(target: Victim) -> None:
 
 @pytest.mark.asyncio
 async def test_threads_and_processes_that_appear_meanwhile_are_frozen_too(victim: START) -> None:
-    target = victim("churn", 64)
+    target = victim("churn", int(64 / min(SLOWER, 8)))
     async with Freezer(timeout=60) as freezer:
         for _ in range(15):
             target.wait_for_beats(100)
@@ -574,7 +575,7 @@ async def test_a_sleep_ends_when_it_was_to_end(victim: START, call: str) -> None
             await asyncio.sleep(0.005)
     assert target.popen.wait(10) == 0
     assert (target.value(1), target.beats) == (0, 1)
-    assert SLEEP - 5 <= target.value(3) < SLEEP + 4600
+    assert target.value(3) >= SLEEP - 5  # and it has ended: begun anew at each stop it would never
 
 
 ENDLESS = ["read", "poll", "ppoll", "select", "pselect", "epoll_wait", "epoll_pwait"]

@@ -150,7 +150,7 @@ def test_a_sleep_ends_when_it_was_to_end(victim: START, call: str) -> None:
     assert target.popen.wait(10) == 0
     assert times
     assert (target.value(1), target.beats) == (0, 1)
-    assert SLEEP - 5 <= target.value(3) < SLEEP + 4600
+    assert target.value(3) >= SLEEP - 5  # and it has ended: begun anew at each stop it would never
 
 
 ENDLESS = ["read", "poll", "ppoll", "select", "pselect", "epoll_wait", "epoll_pwait"]
