@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 Timeout: TypeAlias = Literal["none", "int", "pointer"]
 """How a waiting call takes its timeout: not at all, as an int (negative: for ever), by pointer (NULL: for ever)."""
 
-ERESTARTNOHAND = 514
-"""Kernel-internal: restart the call, unless a signal handler has run (include/linux/errno.h)."""
+EINTR = 4
+ERESTARTSYS, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 514, 516
+"""Kernel-internal results of an interrupted call (include/linux/errno.h): make it again unless a signal handler without
+SA_RESTART, or any handler, has run; or go on with it by restart_syscall(2)."""
+
+_TIMER_ABSTIME = 1
+_FUTEX_WAITS, _FUTEX_COMMAND = (0, 9), 127  # FUTEX_WAIT and FUTEX_WAIT_BITSET; what is no flag
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +50,11 @@ class Arch:
     :ivar instruction: bytes of the system call instruction; its address is a multiple of `alignment`.
     :ivar waits_with_eintr: numbers of waiting calls that fail with EINTR when a thread is stopped for a tracer, and the
         index and kind of their timeout (signal(7), "Interruption of system calls ... by stop signals").
+    :ivar epoll_waits: of these, the ones whose first argument is an epoll descriptor.
     :ivar waits_well: numbers of waiting calls that the kernel goes on with after such a stop, as if nothing had been.
-    :ivar waits_restarted: of these, the ones that a debugger's change of registers makes start from the beginning.
+    :ivar waits_restarted: of these, the ones that a debugger's change of registers makes start from the beginning,
+        unless it says that they are to go on.
+    :ivar restarts: numbers of calls that the kernel has rewound when a tracer gets to see them, and what they returned.
     :ivar vforks: numbers of the calls that may be vfork(2) or work like it.
     """
 
@@ -83,8 +91,10 @@ class Arch:
     sys_process_madvise: int = 440
 
     waits_with_eintr: Mapping[int, tuple[int, Timeout]] = field(default_factory=dict)
+    epoll_waits: frozenset[int] = frozenset()
     waits_well: frozenset[int] = frozenset()
     waits_restarted: frozenset[int] = frozenset()
+    restarts: Mapping[int, int] = field(default_factory=dict)
     vforks: frozenset[int] = frozenset()
 
     def registers(self) -> Registers:
@@ -108,21 +118,51 @@ class Arch:
         """A system call's result: negative is -errno."""
         return ctypes.c_int64(registers[self.result]).value
 
+    def is_spoilt(self, registers: Registers, number: int) -> bool:
+        """Whether registers are those of a call that waits for ever, and that a stop has made fail with EINTR.
+
+        A wait with a timeout is none of these, since made again it would wait for all of it again.
+
+        :param number: of the call.
+        """
+        wait = self.waits_with_eintr.get(number) if self.result_of(registers) == -EINTR else None
+        return wait is not None and self._for_ever(wait, registers)
+
     def spare_eintr(self, registers: Registers) -> bool:
         """Make a call that waits for ever, and that the stop made fail with EINTR, start again instead.
 
         A signal handler that runs still makes it fail with EINTR, as it must. Only where the kernel keeps what is
-        needed for that (orig_rax); a wait with a timeout is left alone, since it would wait for all of it again.
+        needed for that (orig_rax); elsewhere it is for `incdump.freeze.interrupted`.
 
         :returns: whether registers were changed.
         """
-        if self.orig < 0 or self.result_of(registers) != -4:
+        if self.orig < 0 or not self.is_spoilt(registers, registers[self.orig]):
             return False
-        wait = self.waits_with_eintr.get(registers[self.orig])
-        if wait is None or not self._for_ever(wait, registers):
-            return False
-        registers[self.result] = -ERESTARTNOHAND & 0xFFFFFFFFFFFFFFFF
+        self.set_result(registers, -ERESTARTNOHAND)
         return True
+
+    def set_result(self, registers: Registers, result: int) -> None:
+        """Set what a system call returns."""
+        registers[self.result] = result & 0xFFFFFFFFFFFFFFFF
+
+    def restart_of(self, registers: Registers, *, was_waiting: bool) -> int | None:
+        """What a call returned that the kernel has rewound since: an ERESTART code; None: not known, or no matter.
+
+        :param registers: pc is at the system call instruction.
+        :param was_waiting: the thread was seen to wait in this very call, so it was interrupted there; else it may be
+            about to make it.
+        """
+        number = registers[self.number]
+        flags, timeout = (registers[self.arguments[i]] for i in (1, 3))
+        code = self.restarts.get(number)
+        if number == self.sys_clock_nanosleep and flags & _TIMER_ABSTIME:
+            code = ERESTARTNOHAND
+        if number == self.sys_futex:
+            code = ERESTART_RESTARTBLOCK if timeout else ERESTARTSYS
+            if flags & _FUTEX_COMMAND not in _FUTEX_WAITS:
+                return None
+        needs_proof = code == ERESTART_RESTARTBLOCK and number != self.sys_restart_syscall
+        return code if was_waiting or not needs_proof else None
 
     def _for_ever(self, wait: tuple[int, Timeout], registers: Registers) -> bool:
         """Whether the timeout of a call described in `waits_with_eintr` means no end."""
@@ -171,6 +211,7 @@ _X86_64 = Arch(
         281: (3, "int"),  # epoll_pwait
         441: (3, "pointer"),  # epoll_pwait2
     },
+    epoll_waits=frozenset({232, 281, 441}),
     # read poll select pause nanosleep wait4 rt_sigsuspend futex clock_nanosleep waitid pselect6 ppoll
     waits_well=frozenset({0, 7, 23, 34, 35, 61, 130, 202, 230, 247, 270, 271}),
     vforks=frozenset({56, 58, 435}),  # clone vfork clone3
@@ -212,9 +253,18 @@ _AARCH64 = Arch(
         193: (0, "none"),  # semop
         441: (3, "pointer"),  # epoll_pwait2
     },
-    # read pselect6 ppoll waitid futex nanosleep clock_nanosleep rt_sigsuspend wait4
-    waits_well=frozenset({63, 72, 73, 95, 98, 101, 115, 133, 260}),
-    waits_restarted=frozenset({98, 101, 115}),
+    epoll_waits=frozenset({22, 441}),
+    # read pselect6 ppoll waitid futex nanosleep clock_nanosleep restart_syscall rt_sigsuspend wait4
+    waits_well=frozenset({63, 72, 73, 95, 98, 101, 115, 128, 133, 260}),
+    waits_restarted=frozenset({98, 101, 115, 128}),
+    restarts={
+        **dict.fromkeys((63, 64, 65, 66), ERESTARTSYS),  # read write readv writev
+        **dict.fromkeys((202, 206, 207, 211, 212, 242), ERESTARTSYS),  # accept sendto recvfrom sendmsg recvmsg accept4
+        **dict.fromkeys((95, 260), ERESTARTSYS),  # waitid wait4
+        **dict.fromkeys((4, 22, 137, 192, 193, 441), ERESTARTNOHAND),  # waits_with_eintr, when they have been spared
+        **dict.fromkeys((72, 73, 133), ERESTARTNOHAND),  # pselect6 ppoll rt_sigsuspend
+        **dict.fromkeys((101, 115, 128), ERESTART_RESTARTBLOCK),  # nanosleep clock_nanosleep restart_syscall
+    },
     vforks=frozenset({220, 435}),
 )
 

@@ -179,10 +179,10 @@ def setregset(tid: int, registers: Registers) -> None:
     _ptrace(_SETREGSET, tid, NT_PRSTATUS, ctypes.addressof(iovec))
 
 
-def forget_syscall(tid: int) -> None:
-    """aarch64: make the kernel see a stopped thread as being in no system call, so that none is restarted."""
-    number = ctypes.c_int32(-1)
-    iovec = _Iovec(ctypes.addressof(number), ctypes.sizeof(number))
+def set_syscall(tid: int, number: int) -> None:
+    """aarch64: have the kernel take a stopped thread to be in a system call; -1: in none, so that none is restarted."""
+    value = ctypes.c_int32(number)
+    iovec = _Iovec(ctypes.addressof(value), ctypes.sizeof(value))
     _ptrace(_SETREGSET, tid, NT_ARM_SYSTEM_CALL, ctypes.addressof(iovec))
 
 

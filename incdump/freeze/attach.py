@@ -17,8 +17,8 @@ ATTEMPTS = 5
 whose place, in mid-exec, there will be another."""
 
 
-def attach(pid: int, tid: int) -> bool:
-    """Seize a thread, if it is not ours already; have it stop as soon as it can.
+def seize(pid: int, tid: int) -> bool:
+    """Become the tracer of a thread, if we are not already; it runs on.
 
     :returns: False: it has exited.
     :raises AlreadyTraced: somebody else traces it.
@@ -38,6 +38,14 @@ def attach(pid: int, tid: int) -> bool:
                     raise _refusal(pid, tid, e) from None
             except ProcessLookupError:
                 return False
+    return True
+
+
+def interrupt(tid: int) -> bool:
+    """Have a seized thread stop as soon as it can.
+
+    :returns: False: it has exited.
+    """
     try:
         ptrace.interrupt(tid)
     except ProcessLookupError:

@@ -26,7 +26,6 @@ MOST_CANDIDATES = 16
 
 _AT_SYSINFO_EHDR = 33
 _VDSO_SIZE = 16384
-_FUTEX_CMD_MASK = 127
 _LOOKS = (0.0, 20e-6, 100e-6, 500e-6)
 
 
@@ -35,15 +34,11 @@ class Candidate:
     """A thread that may do.
 
     :ivar rank: how much it would be disturbed: 0 is not at all.
-    :ivar waiting_in: number of the system call that it sleeps in, or -1.
-    :ivar has_restart_block: whether that call, interrupted, is one that goes on for the *rest* of its time.
     :ivar has_seccomp: whether a seccomp filter stands over it.
     """
 
     tid: int
     rank: int
-    waiting_in: int = -1
-    has_restart_block: bool = False
     has_seccomp: bool = False
 
 
@@ -126,27 +121,14 @@ def _look_at(pid: int, tid: int) -> Candidate | None:
     except FileNotFoundError:  # a kernel without it
         words = []
     if stat.state == "D":
-        return Candidate(tid, 5, has_seccomp=has_seccomp)
+        return Candidate(tid, 5, has_seccomp)
     if not words or words[0] == b"running":
-        return Candidate(tid, 1, has_seccomp=has_seccomp)
+        return Candidate(tid, 1, has_seccomp)
     number = int(words[0])
     if number in ARCH.waits_restarted:
-        arguments = [int(word, 16) for word in words[1:5]]
-        return Candidate(tid, 2, number, _goes_on(number, arguments), has_seccomp)
+        return Candidate(tid, 2, has_seccomp)
     rank = 0 if number in ARCH.waits_well else 4 if number in ARCH.waits_with_eintr else 3
-    return Candidate(tid, rank, number, has_seccomp=has_seccomp)
-
-
-def _goes_on(number: int, arguments: list[int]) -> bool:
-    """Whether a sleep among `Arch.waits_restarted` ends, when interrupted, at the time it was to end at first.
-
-    nanosleep does; clock_nanosleep unless the time is absolute; a futex wait if it has a timeout.
-    """
-    if number == ARCH.sys_clock_nanosleep:
-        return not arguments[1] & 1  # TIMER_ABSTIME
-    if number == ARCH.sys_futex:
-        return arguments[1] & _FUTEX_CMD_MASK in (0, 9) and arguments[3] != 0  # FUTEX_WAIT, FUTEX_WAIT_BITSET
-    return True
+    return Candidate(tid, rank, has_seccomp)
 
 
 def find_instruction(pid: int, tid: int) -> int:

@@ -14,10 +14,12 @@ The steps, all in a thread of our own that ends afterwards (the kernel then lets
 
 A thread stopped inside a restartable sequence goes on at that sequence's abort handler, which is where the kernel
 sends every thread that was taken off its processor there. A wait that the stop made fail with EINTR, and that
-had no timeout, waits again (`incdump._uapi.arch.Arch.spare_eintr`).
+had no timeout, waits again (`incdump.freeze.interrupted`).
 
-On aarch64 the kernel has already rewound an interrupted call when a tracer gets to see it; a signal that comes while
-the thread is ours finds it before the call, which then starts again after the handler.
+On aarch64 the kernel has already rewound an interrupted call when a tracer gets to see it. At the exit of our own call
+the thread is made to look as if the interrupted one had just returned there, with the result that stands for what it
+is, so that the kernel decides once more, and knows of signals that came meanwhile. The first argument, which it takes
+from where no register set reaches (orig_x0), is what x0 held at the entry to our call: our own comes after that.
 
 Nothing here may be loaded with NumPy or anyio: the small holder process uses it.
 """
@@ -43,8 +45,9 @@ from incdump.errors import (
     TargetExited,
     TargetUnsuitable,
 )
-from incdump.freeze.attach import attach
+from incdump.freeze.attach import interrupt, seize
 from incdump.freeze.choice import Candidate, candidates, find_instruction, has_exited, is_gone
+from incdump.freeze.interrupted import Call, is_instruction, look, spare_eintr, was_waiting
 from incdump.freeze.stops import held_signal, in_real_time, is_event_stop, is_syscall_stop, sleep_exactly, wait_for_stop
 
 if TYPE_CHECKING:
@@ -232,7 +235,10 @@ class _Thread:
         self.info = ptrace.SigInfo()
         self.own = ARCH.registers()
         self.ours = ARCH.registers()
+        self.seen_in: Call | None = None
+        self.restart: int | None = None
         self.saved: _Saved | None = None
+        self.is_at_exit = False
         self.is_stopped = False
 
     def stop(self) -> None:
@@ -241,7 +247,10 @@ class _Thread:
         :raises TargetError: it is another's, or not for us.
         :raises _Unstoppable: it has exited, or does not stop.
         """
-        if not attach(self.pid, self.tid):
+        if not seize(self.pid, self.tid):
+            raise _Unstoppable
+        self.seen_in = look(self.pid, self.tid)
+        if not interrupt(self.tid):
             raise _Unstoppable
         self._wait(STOP_TIMEOUT)
         while not is_event_stop(self.info):
@@ -291,8 +300,9 @@ class _Thread:
         if not self.own[ARCH.pc] or not word.startswith(ARCH.instruction):
             raise self._unsafe("has called exec() just now, try again")
         self._leave_rseq()
-        ARCH.spare_eintr(self.own)
-        self._keep_restart()
+        spare_eintr(self.pid, self.tid, self.own, self.seen_in)
+        if ARCH.orig < 0:
+            self._find_restart()
         saved = _Saved(self.own, ptrace.getsigmask(self.tid))
         self.saved = saved  # from here on `let_go` puts it back
         ptrace.setsigmask(self.tid, ptrace.ALL_SIGNALS)
@@ -335,32 +345,34 @@ class _Thread:
             raise self._unsafe("is in a restartable sequence of an unknown kind")
         self.own[ARCH.pc] = abort
 
-    def _keep_restart(self) -> None:
-        """aarch64: have a sleep that was interrupted go on for the rest of its time, not start again.
-
-        The kernel does so by restart_syscall(2), and would have put its number into x8 after the stop, unless it
-        finds the registers changed.
-        """
-        number = self.candidate.waiting_in
-        if number not in ARCH.waits_restarted or self.own[ARCH.number] != number:
-            return
-        word = ptrace.peek(self.tid, self.own[ARCH.pc]).to_bytes(8, "little")
-        if word.startswith(ARCH.instruction) and self.candidate.has_restart_block:
-            self.own[ARCH.number] = ARCH.sys_restart_syscall
+    def _find_restart(self) -> None:
+        """aarch64: what the call returned that the kernel, or we, have rewound."""
+        pc = self.own[ARCH.pc]
+        if is_instruction(self.tid, pc):
+            waited = was_waiting(self.own, self.seen_in, pc + len(ARCH.instruction))
+            self.restart = ARCH.restart_of(self.own, was_waiting=waited)
 
     def _call(self, number: int, *arguments: int) -> int:
         """Run one system call.
 
         :returns: its result, negative is -errno.
         """
+        self.is_at_exit = False
         ctypes.memmove(self.ours, self.own, ctypes.sizeof(self.own))
-        ARCH.to_call(self.ours, self.at, number, *arguments)
+        if ARCH.orig >= 0:
+            ARCH.to_call(self.ours, self.at, number, *arguments)
+        else:
+            ARCH.to_call(self.ours, self.at, number)
         self._set_registers(self.ours)
         self._to_syscall_stop()
         ptrace.getregset(self.tid, self.ours)
         if self.ours[ARCH.orig if ARCH.orig >= 0 else ARCH.number] != number:
             raise self._unsafe("went elsewhere")
+        if ARCH.orig < 0:
+            ARCH.to_call(self.ours, self.ours[ARCH.pc], number, *arguments)
+            ptrace.setregset(self.tid, self.ours)
         self._to_syscall_stop()
+        self.is_at_exit = True
         ptrace.getregset(self.tid, self.ours)
         return ARCH.result_of(self.ours)
 
@@ -393,7 +405,18 @@ class _Thread:
     def _set_registers(self, registers: ctypes.Array[ctypes.c_uint64]) -> None:
         ptrace.setregset(self.tid, registers)
         if ARCH.orig < 0:
-            ptrace.forget_syscall(self.tid)
+            ptrace.set_syscall(self.tid, -1)
+
+    def _put_back(self, registers: ctypes.Array[ctypes.c_uint64]) -> None:
+        """Its own registers; on aarch64, at the exit from a call: as that call's, interrupted."""
+        if self.restart is None or not self.is_at_exit:
+            self._set_registers(registers)
+            return
+        ctypes.memmove(self.ours, registers, ctypes.sizeof(registers))
+        ARCH.set_result(self.ours, -self.restart)
+        self.ours[ARCH.pc] += len(ARCH.instruction)
+        ptrace.setregset(self.tid, self.ours)
+        ptrace.set_syscall(self.tid, self.ours[ARCH.number])
 
     def let_go(self) -> None:
         """Put everything back and detach; a thread that was killed, or never stopped, is left to the end of our own."""
@@ -404,4 +427,4 @@ class _Thread:
             steps.callback(ptrace.detach, self.tid, held_signal(self.info))
             if self.saved is not None:
                 steps.callback(ptrace.setsigmask, self.tid, self.saved.mask)
-                steps.callback(self._set_registers, self.saved.registers)
+                steps.callback(self._put_back, self.saved.registers)

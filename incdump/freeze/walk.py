@@ -31,9 +31,18 @@ from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
 from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
-from incdump.freeze.attach import attach, is_ours
-from incdump.freeze.choice import has_exited, read_thread_stat
-from incdump.freeze.stops import SLOW, Backoff, held_signal, in_real_time, is_group_stop
+from incdump.freeze.attach import interrupt, is_ours, seize
+from incdump.freeze.choice import has_exited, is_gone, read_thread_stat
+from incdump.freeze.interrupted import Call, fail_after_all, has_handler, look, spare_eintr
+from incdump.freeze.stops import (
+    SLOW,
+    Backoff,
+    held_signal,
+    in_real_time,
+    is_group_stop,
+    is_syscall_stop,
+    wait_for_stop,
+)
 from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
 
 if TYPE_CHECKING:
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
 
 LET_GO_TIMEOUT = 0.05
 """Seconds to wait for a thread to leave vfork(2) after its child was let go."""
+WAIT_TIMEOUT = 5.0
+"""Seconds for a thread to get from its stop to the entry of the wait that it makes again."""
 DEATH_TIMEOUT = 5.0
 """Seconds to wait for a killed tree to be dead, and for a stopped one to be seen stopped."""
 
@@ -60,6 +71,8 @@ class Thread:
     :ivar is_stopped: it was seen in a ptrace-stop.
     :ivar in_vfork: it waits for its vfork child and cannot stop.
     :ivar held: signal to pass on.
+    :ivar seen_in: the call that it slept in before.
+    :ivar is_spared: a wait of it that the stop made fail goes on afterwards.
     """
 
     pid: int
@@ -68,6 +81,8 @@ class Thread:
     in_vfork: bool = False
     in_group_stop: bool = False
     held: int = 0
+    seen_in: Call | None = None
+    is_spared: bool = False
 
 
 @dataclass(slots=True)
@@ -93,7 +108,7 @@ class TreeWalk:
 
     :ivar processes: by pid, parents before children.
     :ivar exited: pids of processes that were in the tree and exited meanwhile.
-    :ivar has_leftovers: threads are traced that could not be let go: only the end of the tracing thread does that.
+    :ivar has_leftovers: threads are traced that were not let go: only the end of the tracing thread does that.
     """
 
     def __init__(self) -> None:
@@ -181,10 +196,14 @@ class TreeWalk:
         was_stopped = all(thread.is_stopped or thread.in_vfork for thread in process.threads.values())
         for tid in process.threads.keys() - tids:
             del process.threads[tid]
-        found_new = False
+        found_new, is_first = False, not process.threads
         for tid in sorted(tids - process.threads.keys()):
-            if attach(process.pid, tid):
-                process.threads[tid] = Thread(process.pid, tid)  # at once: `reap_stalled` and `thaw` have to know
+            if not seize(process.pid, tid):
+                continue
+            seen_in = look(process.pid, tid) if is_first else None  # those that turn up later have just begun
+            if interrupt(tid):
+                # At once: `reap_stalled` and `thaw` have to know.
+                process.threads[tid] = Thread(process.pid, tid, seen_in=seen_in)
                 found_new = True
         process.is_settled = was_stopped and not found_new
         if not process.threads:
@@ -226,8 +245,11 @@ class TreeWalk:
         """See to it that an endless wait goes on afterwards, and does so even if we are killed."""
         registers = self._registers
         with contextlib.suppress(ProcessLookupError):  # killed since: it will be found out
-            if ptrace.getregset(thread.tid, registers) == ctypes.sizeof(registers) and ARCH.spare_eintr(registers):
+            if ptrace.getregset(thread.tid, registers) != ctypes.sizeof(registers):
+                return
+            if spare_eintr(thread.pid, thread.tid, registers, thread.seen_in):
                 ptrace.setregset(thread.tid, registers)
+                thread.is_spared = True
 
     def _is_to_come(self, thread: Thread) -> bool:
         """Whether a thread that has not stopped so far still may."""
@@ -375,12 +397,42 @@ class TreeWalk:
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
+            if thread.is_spared and ARCH.orig < 0 and self._waits_again(thread):
+                return
             ptrace.detach(thread.tid, thread.held)
             thread.is_stopped = False
         except ProcessLookupError:
             thread.is_stopped = False
             if not self._reap(self.processes[thread.pid], thread.tid):
                 self.has_leftovers = True
+
+    def _waits_again(self, thread: Thread) -> bool:
+        """aarch64: have a thread make its wait again, where signals find it in the call.
+
+        It is let run from a stop at the entry. To detach it there would interrupt it once more, so that is left to the
+        end of our own thread. A handler that is to run before sees the wait fail with EINTR, as it would have without
+        us. If we are killed here the wait goes on all the same, or fails with EINTR.
+
+        :returns: False: it is stopped, and to be detached.
+        :raises ProcessLookupError: it is gone, or does not get there.
+        """
+        ptrace.setoptions(thread.tid, ptrace.PTRACE_O_TRACESYSGOOD)
+        while not thread.in_group_stop:
+            if thread.held and has_handler(thread.pid, thread.tid, thread.held):
+                fail_after_all(thread.tid, self._registers)
+                break
+            ptrace.cont_to_syscall(thread.tid, thread.held)
+            thread.is_stopped = False
+            if not wait_for_stop(thread.tid, self._info, WAIT_TIMEOUT, lambda: is_gone(thread.pid, thread.tid)):
+                raise ProcessLookupError
+            if is_syscall_stop(self._info):
+                ptrace.cont(thread.tid)
+                self.has_leftovers = True
+                return True
+            thread.is_stopped = True
+            thread.held = held_signal(self._info)
+            thread.in_group_stop = is_group_stop(self._info)
+        return False
 
     def _await_death(self, processes: list[Process]) -> None:
         """Wait until every process is dead. Its parent may yet have to reap it."""

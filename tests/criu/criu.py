@@ -194,10 +194,11 @@ class RestorableTarget(build.Target):
     def _line(self, timeout: float) -> str:
         deadline = time.monotonic() + timeout
         while b"\n" not in self._buffer:
+            was_alive = self.alive()  # asked first: its last words come before its end
             got = self._words.read()
             self._buffer += got
             if not got:
-                if not self.alive():
+                if not was_alive:
                     raise build.BadTargetError(f"target {self.pid} has ended: {self.errors()}")
                 if time.monotonic() > deadline:
                     raise build.BadTargetError(f"target {self.pid} did not answer within {timeout} s; {self.errors()}")

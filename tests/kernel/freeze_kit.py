@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,18 @@ from incdump._uapi import ptrace
 from tests.targets import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SOURCES = Path(__file__).parent / "victims"
 ERRORS, EINTR, QUIT, BEATS = range(4)
+SLOWER = float(os.environ.get("INCDUMP_TEST_SLOWER", "1"))
+SLEEP = int(400 * min(SLOWER, 10))
+"""Milliseconds: long enough for several stops, also where all is emulated."""
+HANDLER_ENDS = [
+    *("read", "poll", "ppoll", "select", "pselect", "epoll_wait", "epoll_pwait", "futex", "sigwait"),
+    *("nanosleep", "clock_nanosleep", "futex with a timeout", "poll with a timeout", "select with a timeout"),
+]
+"""The waits of victims/freeze_waits.c that a signal handler ends with EINTR."""
 
 
 class Victim:
@@ -43,9 +52,9 @@ class Victim:
         )
         self.pid = self.popen.pid
         assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        if not line:
-            if self.popen.wait() == 77:
+        if not self.popen.stdout.readline():
+            self.kill()
+            if self.popen.returncode == 77:
                 pytest.skip(f"{binary.name}: not on this machine")
             raise AssertionError(f"the victim did not start: {self.popen.returncode}")
 
@@ -56,6 +65,10 @@ class Victim:
     def value(self, index: int) -> int:
         """One of the victim's own words."""
         return self.slot(4 + index)
+
+    def result(self) -> int:
+        """What the call has returned, of freeze_waits.c."""
+        return ctypes.c_int64(self.value(1)).value
 
     def set(self, index: int, value: int) -> None:
         """Write a word of the board."""
@@ -148,6 +161,41 @@ class Victims:
 def queue(pid: int, value: int) -> None:
     """sigqueue(3) of the first realtime signal."""
     assert ctypes.CDLL(None).sigqueue(pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
+
+
+@contextlib.contextmanager
+def signals_one_by_one(target: Victim) -> Iterator[None]:
+    """Send SIGUSR2 to freeze_signalled.c for as long as the context lasts, the next when one has ended a wait.
+
+    No signal is without its effect, and nothing but signals ends a wait.
+    """
+    stop = threading.Event()
+    seen: list[tuple[int, int, int]] = []
+
+    def send() -> None:
+        sent = 0
+        while not stop.is_set():
+            os.kill(target.pid, signal.SIGUSR2)
+            sent += 1
+            deadline = time.monotonic() + 30
+            while target.value(1) < sent and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            seen.append((sent, target.value(0), target.value(1)))
+            if seen[-1] != (sent, sent, sent):
+                return
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        sender.join()
+    sent = len(seen)
+    assert seen[-1] == (sent, sent, sent), "signals, runs of the handler, waits ended"
+    target.set(QUIT, 1)
+    os.kill(target.pid, signal.SIGUSR2)
+    target.finish()
 
 
 def signal_before_interrupt(target: Victim, monkeypatch: pytest.MonkeyPatch, when: Callable[[], bool]) -> list[int]:

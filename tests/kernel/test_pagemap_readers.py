@@ -160,6 +160,16 @@ def test_what_is_not_wanted_is_left_out() -> None:
         assert set(found["cache"]) == {at for at, wanted in zip(whole, inside, strict=True) if wanted}
 
 
+def test_the_vdsos_pages_are_a_files_to_all_readers_alone_too() -> None:
+    with victim("tell()") as target:
+        vmas = private_vmas(target.pid)
+        vdso = vmas.select(vmas.of_kind(VmaKind.VDSO))
+        found = read_all(target.pid, vdso)
+        assert_agree(found)
+        assert all(PageIs.FILE in page for page in found["scan"].values())
+        assert found["scan"]
+
+
 def test_shared_memory_between_private_vmas_is_read_along_by_none() -> None:
     script = """
     base = mapping.map_anonymous(3 * PAGE)

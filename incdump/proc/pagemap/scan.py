@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from concurrent.futures import wait
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ from incdump import kerndat
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING, pagemap_scan
 from incdump.model.regions import PageIs, Window
 from incdump.model.runs import PAGE_SHIFT, page_count
+from incdump.model.vmas import VmaKind
 from incdump.proc.pagemap.pme import POPULATED, clip_to
 from incdump.proc.pagemap.reader import Spare, address_space_gone, helper, join_near, wanted_spans
 
@@ -29,6 +31,11 @@ _FIRST_SCAN_PAGES = 8 << 20 >> PAGE_SHIFT  # the writers wait for the first wind
 _FEW_PAGES = 64 << 20 >> PAGE_SHIFT  # are scanned before it is worth beginning to write
 _WORTH_TWO_THREADS = 32 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
+
+
+def _is_gone(pagemap_fd: int, address: int) -> bool:
+    """Whether an address space is gone: Linux 6.12, for one, scans it as if it were empty, but gives no entry of it."""
+    return not os.pread(pagemap_fd, 8, address >> PAGE_SHIFT - 3)
 
 
 class _Masks(NamedTuple):
@@ -131,7 +138,8 @@ class ScanReader:
         wanted = join_near(wanted_spans(vmas), 0)
         if not len(wanted):
             return
-        lo, hi = int(wanted[0, 0]), int(wanted[-1, 1])
+        lowest = lo = int(wanted[0, 0])
+        hi = int(wanted[-1, 1])
         found: list[Regions] = []
         pages_wanted = _Pages(wanted)
         count, pages, most = 0, 0, pages_wanted.first_step
@@ -144,6 +152,8 @@ class ScanReader:
                     if count >= _SCAN_REGIONS or pages >= most:
                         yield Window(lo, at, clip_to(np.concatenate(found), wanted))
                         lo, found, count, pages, most = at, [], 0, 0, min(4 * most, _SCAN_PAGES)
+        if _is_gone(pagemap_fd, lowest):
+            raise address_space_gone()
         if lo < hi:
             yield Window(lo, hi, clip_to(np.concatenate(found), wanted))
 
@@ -181,13 +191,14 @@ class ScanReader:
         """Cut the address space, from the first to the last wanted VMA, into what is scanned in one go.
 
         To tell FILE the kernel has to look at every page's struct page, which takes as long as all the rest of a scan.
-        So it is asked about only near mappings of files; unless those are strewn all over.
+        So it is asked about only near mappings of files, and of the vDSO, whose pages count as such; unless those are
+        strewn all over.
 
         :returns: start, end and masks of each stretch.
         """
         lo, hi = int(wanted[0, 0]), int(wanted[-1, 1])
         masks = _Masks(self.mask, self.inverted, self.anyof, self.returned)
-        files = join_near(wanted_spans(vmas.select(vmas.inode != 0)))
+        files = join_near(wanted_spans(vmas.select((vmas.inode != 0) | vmas.of_kind(VmaKind.VDSO))))
         if len(files) > _MOST_FILE_STRETCHES:
             return [(lo, hi, masks)]
         stretches: list[tuple[int, int, _Masks]] = []

@@ -45,13 +45,51 @@ static int registers_hold(uint64_t seed)
         vectors[i] = ~seed * (i + 7);
     return compare(memory, vectors);
 }
-#else
+#elif defined(__aarch64__)
+/* The same, of all registers but sp: x27 counts up and x28 down meanwhile; Z, C and V are set. */
+#define VPAIR(n, m) "ldp q" #n ", q" #m ", [x1, #" #n "*16]\n"
+#define PAIR(n, m) "ldp x" #n ", x" #m ", [x0, #" #n "*8]\n"
+#define SAME(n) "ldr x27, [x28, #" #n "*8]\n eor x27, x27, x" #n "\n cbnz x27, 9f\n"
+#define VSAME(n) \
+    "ldr q0, [x28, #" #n "*16]\n eor v0.16b, v0.16b, v" #n ".16b\n" \
+    "umov x0, v0.d[0]\n umov x1, v0.d[1]\n orr x0, x0, x1\n cbnz x0, 9f\n"
+__asm__(
+    ".text\ncompare:\n"
+    "stp x29, x30, [sp, #-176]!\n stp x19, x20, [sp, #16]\n stp x21, x22, [sp, #32]\n stp x23, x24, [sp, #48]\n"
+    "stp x25, x26, [sp, #64]\n stp x27, x28, [sp, #80]\n stp d8, d9, [sp, #96]\n stp d10, d11, [sp, #112]\n"
+    "stp d12, d13, [sp, #128]\n stp d14, d15, [sp, #144]\n stp x0, x1, [sp, #160]\n"
+    VPAIR(0, 1) VPAIR(2, 3) VPAIR(4, 5) VPAIR(6, 7) VPAIR(8, 9) VPAIR(10, 11) VPAIR(12, 13) VPAIR(14, 15)
+    VPAIR(16, 17) VPAIR(18, 19) VPAIR(20, 21) VPAIR(22, 23) VPAIR(24, 25) VPAIR(26, 27) VPAIR(28, 29) VPAIR(30, 31)
+    PAIR(2, 3) PAIR(4, 5) PAIR(6, 7) PAIR(8, 9) PAIR(10, 11) PAIR(12, 13) PAIR(14, 15) PAIR(16, 17) PAIR(18, 19)
+    PAIR(20, 21) PAIR(22, 23) PAIR(24, 25) PAIR(26, 27) PAIR(29, 30) PAIR(0, 1)
+    "mov x27, #0x70000000\n msr nzcv, x27\n mov x27, #0\n mov x28, #3000\n"
+    "1: add x27, x27, #1\n sub x28, x28, #1\n cbnz x28, 1b\n"
+    "sub x27, x27, #3000\n cbnz x27, 9f\n"
+    "mrs x27, nzcv\n mov x28, #0x70000000\n eor x27, x27, x28\n cbnz x27, 9f\n"
+    "ldr x28, [sp, #160]\n"
+    SAME(0) SAME(1) SAME(2) SAME(3) SAME(4) SAME(5) SAME(6) SAME(7) SAME(8) SAME(9) SAME(10) SAME(11) SAME(12) SAME(13)
+    SAME(14) SAME(15) SAME(16) SAME(17) SAME(18) SAME(19) SAME(20) SAME(21) SAME(22) SAME(23) SAME(24) SAME(25)
+    SAME(26) SAME(29) SAME(30)
+    "ldr x28, [sp, #168]\n"
+    "ldp x0, x1, [x28]\n umov x2, v0.d[0]\n umov x3, v0.d[1]\n cmp x0, x2\n ccmp x1, x3, #0, eq\n b.ne 9f\n"
+    VSAME(1) VSAME(2) VSAME(3) VSAME(4) VSAME(5) VSAME(6) VSAME(7) VSAME(8) VSAME(9) VSAME(10) VSAME(11) VSAME(12)
+    VSAME(13) VSAME(14) VSAME(15) VSAME(16) VSAME(17) VSAME(18) VSAME(19) VSAME(20) VSAME(21) VSAME(22) VSAME(23)
+    VSAME(24) VSAME(25) VSAME(26) VSAME(27) VSAME(28) VSAME(29) VSAME(30) VSAME(31)
+    "mov w0, #1\n b 8f\n"
+    "9: mov w0, #0\n"
+    "8: ldp x19, x20, [sp, #16]\n ldp x21, x22, [sp, #32]\n ldp x23, x24, [sp, #48]\n ldp x25, x26, [sp, #64]\n"
+    "ldp x27, x28, [sp, #80]\n ldp d8, d9, [sp, #96]\n ldp d10, d11, [sp, #112]\n ldp d12, d13, [sp, #128]\n"
+    "ldp d14, d15, [sp, #144]\n ldp x29, x30, [sp], #176\n ret\n");
+int compare(const uint64_t *memory, const uint64_t *vectors);
+
 static int registers_hold(uint64_t seed)
 {
-    uint64_t a = seed, b = ~seed;
-    for (int i = 0; i < 3000; i++)
-        __asm__ volatile("" : "+r"(a), "+r"(b));
-    return a == seed && b == ~seed;
+    uint64_t memory[31], vectors[64];
+    for (int i = 0; i < 31; i++)
+        memory[i] = seed * (i + 3) + i;
+    for (int i = 0; i < 64; i++)
+        vectors[i] = ~seed * (i + 7);
+    return compare(memory, vectors);
 }
 #endif
 

@@ -11,13 +11,13 @@ int main(int argc, char **argv)
 {
     (void)argc;
     open_board(argv);
-#if defined(__x86_64__)
     if (!&__rseq_size || !__rseq_size)
         return 77;
     struct rseq *area = (struct rseq *)((char *)__builtin_thread_pointer() + __rseq_offset);
     uint64_t broken = 0, aborted = 0;
     ready();
     while (!board->quit) {
+#if defined(__x86_64__)
         __asm__ volatile goto(
             ".pushsection __rseq_cs, \"aw\"\n .balign 32\n"
             "3: .long 0, 0\n .quad 1f, 2f - 1f, 4f\n .popsection\n"
@@ -32,6 +32,22 @@ int main(int argc, char **argv)
             : "r"(area)
             : "rax", "rcx", "memory", "cc"
             : unannounced, committed, abort);
+#elif defined(__aarch64__)
+        __asm__ volatile goto(
+            ".pushsection __rseq_cs, \"aw\"\n .balign 32\n"
+            "3: .long 0, 0\n .quad 1f, 2f - 1f, 4f\n .popsection\n"
+            "adrp x9, 3b\n add x9, x9, :lo12:3b\n str x9, [%0, #8]\n"
+            "1: mov w10, #0x10000\n"
+            "5: sub w10, w10, #1\n cbnz w10, 5b\n"
+            "ldr x10, [%0, #8]\n cmp x10, x9\n b.ne %l[unannounced]\n"
+            "2: b %l[committed]\n"
+            ".inst 0xd428bc00\n"
+            "4: b %l[abort]\n"
+            :
+            : "r"(area)
+            : "x9", "x10", "memory", "cc"
+            : unannounced, committed, abort);
+#endif
     committed:
         beat();
         continue;
@@ -43,7 +59,4 @@ int main(int argc, char **argv)
         wrong("a restartable sequence went on after it was interrupted");
     }
     return 0;
-#else
-    return 77;
-#endif
 }

@@ -1,5 +1,7 @@
-/* One blocking call, argv[2], that must end as if nothing had been. value[0] is set before it; value[1] is its result,
- * value[2] its errno, value[3] the milliseconds it took; beats is set to 1 when it is over. */
+/* One blocking call, argv[2], that must end as if nothing had been; argv[3]: after so many ms, 400 if it is not there.
+ * SIGUSR1 is blocked; SIGUSR2 ends calls. value[0] is set before it; value[1] is its result,
+ * value[2] its errno, value[3] the milliseconds it took, value[4] how many signals came; beats is set to 1 when it is
+ * over. */
 #include "freeze_board.h"
 #include <linux/futex.h>
 #include <poll.h>
@@ -9,9 +11,9 @@
 
 static int word;
 
-static long wait_in(const char *call)
+static long wait_in(const char *call, long ms)
 {
-    struct timespec short_time = {0, 400000000}, rest;
+    struct timespec short_time = {ms / 1000, ms % 1000 * 1000000}, rest;
     struct pollfd p = {0, POLLIN, 0};
     struct epoll_event e = {.events = EPOLLIN};
     char byte;
@@ -30,11 +32,11 @@ static long wait_in(const char *call)
     if (!strcmp(call, "clock_nanosleep"))
         return syscall(SYS_clock_nanosleep, CLOCK_MONOTONIC, 0, &short_time, &rest);
     if (!strcmp(call, "poll with a timeout"))
-        return poll(NULL, 0, 400);
+        return poll(NULL, 0, ms);
     if (!strcmp(call, "futex with a timeout"))
         return syscall(SYS_futex, &word, FUTEX_WAIT, 0, &short_time, NULL, 0) < 0 && errno == ETIMEDOUT ? 0 : -1;
     if (!strcmp(call, "select with a timeout")) {
-        struct timeval t = {0, 400000};
+        struct timeval t = {ms / 1000, ms % 1000 * 1000};
         return select(0, NULL, NULL, NULL, &t);
     }
     if (!strcmp(call, "read"))
@@ -68,13 +70,14 @@ static void ignore(int sig) { (void)sig; add(&board->value[4], 1); }
 int main(int argc, char **argv)
 {
     struct timespec a, b;
-    (void)argc;
+    struct sigaction handler = {.sa_handler = ignore};
     open_board(argv);
-    signal(SIGUSR1, ignore);
+    sigaction(SIGUSR1, &handler, NULL);
+    sigaction(SIGUSR2, &handler, NULL);
     ready();
     clock_gettime(CLOCK_MONOTONIC, &a);
     errno = 0;
-    board->value[1] = wait_in(argv[2]);
+    board->value[1] = wait_in(argv[2], argc > 3 ? atol(argv[3]) : 400);
     board->value[2] = errno;
     clock_gettime(CLOCK_MONOTONIC, &b);
     board->value[3] = (b.tv_sec - a.tv_sec) * 1000 + (b.tv_nsec - a.tv_nsec) / 1000000;

@@ -246,7 +246,7 @@ static int wait_for_the_end(void *unused)
 {
 	(void)unused;
 	for (;;)
-		syscall(SYS_pause);
+		syscall(SYS_ppoll, NULL, 0, NULL, NULL, 0);
 	return 0;
 }
 
@@ -255,7 +255,7 @@ static void *vfork_main(void *pid)
 	(void)!syscall(SYS_gettid);
 	if (!(*(volatile pid_t *)pid = vfork())) {
 		for (;;)
-			syscall(SYS_pause);
+			syscall(SYS_ppoll, NULL, 0, NULL, NULL, 0);
 	}
 	return NULL;
 }
