@@ -14,13 +14,13 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.command import incdump
+from tests.criu.criu import exists, until
 from tests.criu.fetch import fetch_criu_for_sockets, fetch_program
 from tests.guest.debian import CannotFetchError
 from tests.oracle import tree
@@ -148,7 +148,7 @@ class Service:
                 os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
-        self._process.returncode = 0  # it was not Popen who waited
+        self._process.returncode = 0  # Popen has not waited for it
         if kind is not None:
             print(self.log.read_text(errors="replace")[-4000:], flush=True)
 
@@ -157,11 +157,16 @@ class Service:
         return list(tree(self.pid).values()) if Path(f"/proc/{self.pid}").exists() else []
 
     def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait for something that it is about to do."""
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, "it did not come about"
-            time.sleep(0.01)
+        """Wait for something that it, or whoever asks it, is about to do."""
+
+        def holds_or_ended() -> bool:
+            alive = exists(self.pid)  # asked first: what it has done before its end counts
+            if holds():
+                return True
+            assert alive, "it has ended"
+            return False
+
+        until(holds_or_ended, seconds)
 
     def until_listening(self, port: int) -> None:
         """Wait until it takes connections."""
@@ -178,10 +183,13 @@ class Service:
         """Pre-dump it on the chain, by the command; returns what that said."""
         return self._dump("predump")
 
-    def checkpoint(self) -> dict[str, Any]:
-        """End the chain with a checkpoint, by the command: the tree is gone then, and its pids are free."""
+    def checkpoint(self, way: str = "auto") -> dict[str, Any]:
+        """End the chain with a checkpoint, by the command: the tree is gone then, and its pids are free.
+
+        :param way: how CRIU is kept from the memory.
+        """
         pids = self.tree()
-        done = self._dump("checkpoint", "--criu", criu_for_sockets(), "--", *self._criu_options)
+        done = self._dump("checkpoint", "--way", way, "--criu", criu_for_sockets(), "--", *self._criu_options)
         for pid in pids:
             self._reap(pid)
         return done
@@ -217,14 +225,16 @@ class Service:
             return not Path(f"/proc/{pid}").exists()
 
         self._process.returncode = 0
-        self.until(gone)
+        until(gone, 60)
 
 
 def describe(kind: str, result: dict[str, Any]) -> str:
     """A round in a line: how much was written of how much, and how long the tree stood still."""
     written, scanned = (result[name] / 256 for name in ("pages_written", "pages_scanned"))
-    times = {"frozen": result["frozen_time"], "in all": result["total_time"], **(result["checkpoint"] or {})}
+    steps = result["checkpoint"] or {}
+    times = {"frozen": result["frozen_time"], "in all": result["total_time"]}
+    times |= {name: value for name, value in steps.items() if name not in ("way", "why")}
     return (
-        f"{kind} by {result['tracker']}: {written:.1f} of {scanned:.1f} MiB written, {len(result['pids'])} processes, "
-        f"ms: {', '.join(f'{name} {time / 1000:.0f}' for name, time in times.items())}"
+        f"{kind} {steps.get('way', '')} ({result['tracker']}): {written:.1f} of {scanned:.1f} MiB, "
+        f"{len(result['pids'])} processes, ms: {', '.join(f'{name} {time / 1000:.0f}' for name, time in times.items())}"
     )

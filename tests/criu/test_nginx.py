@@ -153,19 +153,19 @@ def test_nginx_answers_from_every_worker_and_has_lost_nothing(images_root: Path)
         service.until_listening(PORT)
         clients = [Client() for _ in range(CLIENTS)]
         guest = Client()
-        for generation in range(2):
+        for way in ("leash", "lazy-pages"):
             for client in clients:
                 client.begin()
             for _ in range(2):
                 worked_meanwhile(service, clients)
                 service.predump()
-            used_up = [f"{generation}-{n}" for n in range(3)]
+            used_up = [f"{way}-{n}" for n in range(3)]
             for key in used_up:
                 assert guest.may(key, ALLOWED)
             worked_meanwhile(service, clients)
             workers = set(service.tree()[1:])
             assert len(workers) == WORKERS
-            assert service.checkpoint()["incremental"]
+            assert service.checkpoint(way)["incremental"]
             for client in clients:
                 client.rest()  # with requests on the way
             service.restore()
@@ -174,5 +174,5 @@ def test_nginx_answers_from_every_worker_and_has_lost_nothing(images_root: Path)
             counted = requests_counted(guest)
             assert counted == sum(client.requests for client in (*clients, guest))
             assert not any(guest.may(key, ALLOWED // 2) for key in used_up)
-            assert guest.may(f"{generation}-unused", ALLOWED // 2)
+            assert guest.may(f"{way}-unused", ALLOWED // 2)
             guest.requests += ask_every_worker(workers)
