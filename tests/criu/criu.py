@@ -174,7 +174,7 @@ class RestorableTarget(build.Target):
 
     def alive(self) -> bool:
         """Whether the root process runs, the one that was started or a restored one."""
-        return _exists(self.pid)
+        return exists(self.pid)
 
     def reap(self, timeout: float = 60) -> None:
         """After a checkpoint that ended the tree: free its pids, and those of orphans, which keep the root's as theirs.
@@ -211,7 +211,7 @@ class RestorableTarget(build.Target):
         self.send("quit")
         while self._line(120.0) != "ok quit":
             pass
-        _until(lambda: not self.alive(), 60)
+        until(lambda: not self.alive(), 60)
 
     def close(self) -> None:
         """Kill the tree, and reap its root if that is still our child."""
@@ -244,14 +244,15 @@ def restorable_churn(
     return RestorableTarget([*command, f"--mib={mib}", f"--ops={ops}", "--dir=."], root)
 
 
-def _exists(pid: int) -> bool:
+def exists(pid: int) -> bool:
     """Whether there is a process of this pid that has not exited."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
-def _until(holds: Callable[[], bool], seconds: float) -> None:
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Wait for something that cannot be awaited."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not come about"

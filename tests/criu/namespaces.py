@@ -1,11 +1,17 @@
-"""Tests that run with a process table and mounts of their own, as CRIU wants it (`in_own_namespaces`)."""
+"""Tests that run with a process table and mounts of their own, as CRIU wants it (`in_own_namespaces`).
+
+Such a test may take a network of its own as well (`own_network`): every port is free there, and CRIU may lock it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import pickle
+import socket
+import struct
 import tempfile
 import traceback
 from typing import TYPE_CHECKING, ParamSpec
@@ -17,7 +23,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
+CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWNET = 0x00020000, 0x20000000, 0x40000000
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 
@@ -39,6 +46,13 @@ def in_own_namespaces(test: Callable[P, None]) -> Callable[P, None]:
             pytest.fail(text, pytrace=False)
 
     return outer
+
+
+def own_network() -> None:
+    """Move this process, and what it starts from now on, into a network of its own, which is a loopback device."""
+    _unshare(CLONE_NEWNET)
+    with socket.socket() as sock:
+        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("=16sH22x", b"lo", IFF_UP))
 
 
 def _in_child(test: Callable[[], None]) -> tuple[str, str]:

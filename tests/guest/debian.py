@@ -77,7 +77,7 @@ def architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 
 
-def unpack(folder: Path, packages: Sequence[str], arch: str | None = None) -> None:
+def unpack(folder: Path, packages: Sequence[str], arch: str | None = None, release: str = RELEASE) -> None:
     """Unpack packages, and all that they depend on, into a folder.
 
     :param arch: Debian's name of an architecture; None: this machine's.
@@ -85,7 +85,8 @@ def unpack(folder: Path, packages: Sequence[str], arch: str | None = None) -> No
     """
     require_tool("mmdebstrap", "mmdebstrap")
     command = ["mmdebstrap", "--variant=extract", f"--include={','.join(packages)}"]
-    command += [f"--architectures={arch or architecture()}", RELEASE, str(folder)]
+    command += ['--aptopt=Acquire::Check-Valid-Until "false"']  # a mirror may lag; what it has is signed all the same
+    command += [f"--architectures={arch or architecture()}", release, str(folder)]
     call(*command, *filter(None, [_mirror()]))
 
 

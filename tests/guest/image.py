@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PACKAGES = (
     "base-files", "base-passwd", "bash", "busybox-static", "coreutils", "criu", "dash", "findutils", "gcc", "grep",
-    "iproute2", "kmod", "libc-bin", "libc6-dev", "mount", "nftables", "procps", "python3", "sed", "tar", "util-linux",
+    "iproute2", "kmod", "libc-bin", "libc6-dev", "mount", "nftables", "postgresql", "procps", "python3", "sed", "tar",
+    "util-linux",
 )  # fmt: skip
 EARLY_MODULES = ("virtio_blk",)
 NOT_IN_GUEST = ("grpcio-tools",)  # big, and only for a test that needs no kernel
@@ -37,6 +38,8 @@ _ETC = {
     "hosts": "127.0.0.1 localhost guest\n::1 localhost\n",
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 }
+_USERS = {"passwd": "postgres:x:900:900::/tmp:/bin/sh\n", "group": "postgres:x:900:\n"}
+"""Whom postgresql's own scripts would have added."""
 _GLIBC = ("2_34", "2_31", "2_28", "2_27", "2_26", "2_24", "2_17", "2_12", "2_5")
 
 
@@ -77,8 +80,8 @@ def _settle(tree: Path) -> None:
     """The little of what the packages' scripts would have done that is needed."""
     for name, text in _ETC.items():
         (tree / "etc" / name).write_text(text)
-    for name in ("passwd", "group"):
-        shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
+    for name, more in _USERS.items():
+        (tree / "etc" / name).write_text((tree / f"usr/share/base-passwd/{name}.master").read_text() + more)
     for name in ("proc", "sys", "dev", "run", "tmp", "srv", "root", "var/tmp"):
         (tree / name).mkdir(parents=True, exist_ok=True)
     for name in ("tmp", "var/tmp"):
