@@ -303,7 +303,7 @@ def swap_file(directory: Path, mib: int = 64) -> Iterator[None]:
         path.unlink()
 
 
-def until(holds: object, seconds: float = 20) -> None:
+def until(holds: object, seconds: float = 120) -> None:
     """Wait for something in /proc that cannot be awaited."""
     deadline = time.monotonic() + seconds
     while not holds():  # type: ignore[operator]
