@@ -292,7 +292,7 @@ class DumpRun:
         for key in [key for key in self._processes if key not in tasks]:
             gone = self._processes.pop(key)
             self._gone.append(gone.task.pid)
-            gone.close()
+            gone.discard()
         for key, task in tasks.items():
             if key not in self._processes:
                 parent = None if self._parent is None else self._parent.process(task)
@@ -310,6 +310,7 @@ class DumpRun:
                 self._prepare(process)
         for process, look in zip(ahead, found, strict=True):
             process.ahead = look.result()
+            process.make_room()
 
     def _take_up_frozen(self) -> None:
         processes = self._find_tree()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ from incdump.model.runs import (
 )
 from incdump.page_pipe import Chunk, cut
 from incdump.tracking.content import hash_pages
-from incdump.xfer.local import close_gaps, write_chunk
+from incdump.xfer.local import close_gaps, cut_off, write_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from incdump.model.runs import Entries, Runs
     from incdump.tracking.content import HashCollector
     from incdump.xfer.local import PageSource
+
+
+MOST_ROOM = 1 << 16
+"""256 MiB: what takes longer to make room for than is to be waited before a freeze."""
 
 
 class PagesImage:
@@ -50,7 +55,23 @@ class PagesImage:
         self._fd = images.open_pages(self._pages_id)
         self._entries: list[Entries] = []
         self._failed: list[Runs] = []
+        self._room = 0
         self.nr_pages = 0
+
+    def make_room(self, pages: int) -> None:
+        """Write zeros where pages are to come, so that the page cache has memory for them; too many do no harm.
+
+        At most `MOST_ROOM` pages. A disk that has no room is told of when they do come.
+        """
+        self._room = min(pages, MOST_ROOM)
+        zeros = bytes(PAGE_SIZE << 8)
+        try:
+            for first in range(0, self._room, 1 << 8):
+                size = min(self._room - first, 1 << 8) * PAGE_SIZE
+                os.pwrite(self._fd, memoryview(zeros)[:size], first * PAGE_SIZE)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(self._fd, 0)
 
     def append(self, entries: Entries) -> Iterator[Chunk]:
         """Fix the place of every page of these entries, and cut them into chunks to be written."""
@@ -106,6 +127,8 @@ class PagesImage:
         if len(failed):
             entries, gaps = without(entries, failed)
             self.nr_pages = close_gaps(self._fd, gaps, self.nr_pages, self._path)
+        if self._room > self.nr_pages:
+            cut_off(self._fd, self.nr_pages, self._path)
         self._images.write_raw(self.name, encode_pagemap(self._pages_id, merge_entries(entries)))
         return self.nr_pages
 

@@ -116,6 +116,24 @@ class ProcessDump:
             return
         self.incremental = self._parent is not None and self._watch.is_about(self._parent)
 
+    def make_room(self) -> None:
+        """Have the pages image ready for as many pages as were written so far, of an incremental dump. Blocks.
+
+        Done before the freeze: to get memory for the page cache takes longer than to fill it.
+        """
+        if self.exited or not self.incremental or self.ahead is None:
+            return
+        try:
+            pages = self._watch.count_written(self.ahead.known.vmas)
+        except TargetExited:
+            return
+        if pages:
+            self._image = self._new_image()
+            self._image.make_room(pages + pages // 8)
+
+    def _new_image(self) -> PagesImage:
+        return PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
+
     def freeze(self, task: Task, *, may_share: bool, until_read: bool) -> None:
         """The process is frozen from now on: look at it afresh. Blocks.
 
@@ -157,7 +175,7 @@ class ProcessDump:
         if anew and self.incremental:
             self.incremental = False
             self._means.check_incremental(self)
-        self._image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
+        self._image = self._image or self._new_image()
         self._hashed_spans = canonical(vmas.spans(((self._rule & Rule.HOLE) != 0) & ~watched))
         whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
         wanted = ((self._rule & Rule.DUMP) != 0) & ~whole
@@ -266,6 +284,12 @@ class ProcessDump:
     def give_back(self) -> None:
         """The dump failed: no write may be forgotten. Blocks."""
         self._watch.give_back()
+
+    def discard(self) -> None:
+        """The process is gone, and no part of the dump: nothing is left of it."""
+        if self._image is not None:
+            self._image.discard()
+        self.close()
 
     def close(self) -> None:
         """Close all descriptors; whatever was not committed is lost."""

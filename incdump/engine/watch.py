@@ -179,6 +179,13 @@ class Watch:
             self._entrust(renew=True)
         return unwatched if self._round is None else self._round.register(vmas), True
 
+    def count_written(self, vmas: VmaTable) -> int:
+        """About how many pages were written so far, where that is quick to find out; else 0. Nothing is cleared.
+
+        :raises incdump.errors.TargetExited: the process is gone.
+        """
+        return 0 if self._round is None else self._round.count_written(vmas)
+
     def windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
         """Read what is populated and, of watched mappings, what was written; the answer is cleared with the reading.
 

@@ -29,7 +29,7 @@ import numpy as np
 from incdump._uapi import userfaultfd as uapi
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
 from incdump.model.regions import PageIs, Window, mark, merge, merge_into
-from incdump.model.runs import PAGE_SIZE, canonical, empty_regions, empty_runs, subtract
+from incdump.model.runs import PAGE_SIZE, canonical, empty_regions, empty_runs, page_count, subtract
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.pagemap import ScanReader
 from incdump.tracking.ledger import Ledger
@@ -110,6 +110,12 @@ class UffdWpRound:
                 return False
             raise
         return True
+
+    def count_written(self, vmas: VmaTable) -> int:
+        """About how many pages the next scan will find written; nothing is cleared."""
+        scan = ScanReader(inverted=_NOT_OURS, mask=PageIs.WRITTEN | _NOT_OURS, anyof=PageIs.PRESENT | PageIs.SWAPPED)
+        wanted = vmas.select(vmas.of_kind(*_TRACKABLE))
+        return sum(page_count(window.regions) for window in scan.windows(self._pagemap_fd, wanted))
 
     def windows(
         self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], *, rearm: bool = True

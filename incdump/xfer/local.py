@@ -87,6 +87,17 @@ def close_gaps(fd: int, gaps: Runs, nr_pages: int, path: str) -> int:
     return target >> PAGE_SHIFT
 
 
+def cut_off(fd: int, nr_pages: int, path: str) -> None:
+    """Cut off what a pages image has behind its pages.
+
+    :raises incdump.errors.ImagesIOError: it cannot be changed.
+    """
+    try:
+        os.ftruncate(fd, nr_pages << PAGE_SHIFT)
+    except OSError as error:
+        raise ImagesIOError(f"cannot cut {path}: {error.strerror}", path=path, errno=error.errno) from error
+
+
 def _move_down(fd: int, start: int, end: int, target: int) -> int:
     """Move ``[start, end)`` of a file down to ``target``; returns where it then ends.
 

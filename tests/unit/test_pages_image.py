@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -44,13 +45,19 @@ tables = entry_tables(flags)
 
 
 def write_image(
-    directory: Path, windows: list[Entries], memory: Memory, order: Random, hashes: HashCollector | None = None
+    directory: Path,
+    windows: list[Entries],
+    memory: Memory,
+    order: Random,
+    hashes: HashCollector | None = None,
+    room: int = 0,
 ) -> tuple[bytes, bytes]:
     """Write an image, its chunks in some order; the bytes of the pagemap and of the pages."""
     buffer = make_buffer(CHUNK_PAGES)
     wanted = runs_of({page for entries in windows for page in flags_of(entries)})
     with NewImagesDir.create(directory) as images:
         image = PagesImage(images, NAME)
+        image.make_room(room)
         chunks = [chunk for entries in windows for chunk in image.append(entries)]
         order.shuffle(chunks)
         for chunk in chunks:
@@ -107,6 +114,28 @@ def test_an_image_whose_pages_failed_is_the_image_that_never_had_them(
         failed = write_image(Path(root, "1"), windows_of(pages, splits, bounds), Memory(failing), order)
         clean = write_image(Path(root, "2"), [entries_of(rest)], Memory(), Random(0))
     assert failed == clean
+
+
+@pytest.mark.parametrize("room", [1, 255, 256, 700, 2000])
+@pytest.mark.parametrize("failed", [set(), {3}, set(range(100, 400))], ids=len)
+def test_room_that_was_made_is_not_seen_in_the_image(tmp_path: Path, room: int, failed: set[int]) -> None:
+    windows = [entries_of(dict.fromkeys(range(600), 4))]
+    plain = write_image(tmp_path / "1", windows, Memory(failed), Random(1))
+    assert write_image(tmp_path / "2", windows, Memory(failed), Random(2), room=room) == plain
+
+
+def test_where_there_is_no_room_nothing_is_said_before_the_pages_come(tmp_path: Path) -> None:
+    with NewImagesDir.create(tmp_path / "1") as images:
+        image = PagesImage(images, NAME)
+        path = tmp_path / "1" / "pages-1.img"
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300 * PAGE, before[1]))
+        try:
+            image.make_room(700)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert path.stat().st_size == 0
+        image.close()
 
 
 def test_pages_that_fail_in_an_image_of_many_chunks(tmp_path: Path) -> None:
