@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.model.runs import PAGE_SHIFT, PE_PRESENT, page_count
+from incdump.model.runs import PAGE_SHIFT, page_count, present_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
     :param entries: rows without PE_PRESENT take no place and are passed over.
     :param first_page: where in the pages image the first of them goes, in pages.
     """
-    rows = entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0]
+    rows = present_entries(entries)
     if not len(rows):
         return
     spans, place = _split(rows, first_page)

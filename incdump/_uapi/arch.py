@@ -10,6 +10,7 @@ This module is stdlib only: the small holder process uses it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Timeout: TypeAlias = Literal["none", "int", "pointer"]
 """How a waiting call takes its timeout: not at all, as an int (negative: for ever), by pointer (NULL: for ever)."""
 
-EINTR = 4
 ERESTARTSYS, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 514, 516
 """Kernel-internal results of an interrupted call (include/linux/errno.h): make it again unless a signal handler without
 SA_RESTART, or any handler, has run; or go on with it by restart_syscall(2)."""
@@ -125,7 +125,7 @@ class Arch:
 
         :param number: of the call.
         """
-        wait = self.waits_with_eintr.get(number) if self.result_of(registers) == -EINTR else None
+        wait = self.waits_with_eintr.get(number) if self.result_of(registers) == -errno.EINTR else None
         return wait is not None and self._for_ever(wait, registers)
 
     def spare_eintr(self, registers: Registers) -> bool:

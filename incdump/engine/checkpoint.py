@@ -33,7 +33,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
-import numpy as np
 
 from incdump.criu.gate import Gate
 from incdump.criu.lazy import LazyCriu
@@ -49,7 +48,7 @@ from incdump.images.new_dir import INVENTORY, SIDECAR
 from incdump.images.pagemap import decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
 from incdump.model.options import DumpOptions
-from incdump.model.runs import PAGE_SIZE, PE_PRESENT
+from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.identity import Identity, is_same
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from incdump.criu.program import Criu
@@ -274,8 +274,7 @@ class CheckpointRun(DumpRun):
     def _count_segments(self, path: Path) -> None:
         """Shared memory is CRIU's: what it wrote is counted."""
         for pagemap in path.glob("pagemap-shmem-*.img"):
-            entries = decode_pagemap(pagemap.read_bytes(), pagemap)[1]
-            pages = int(entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0, 1].sum())
+            pages = int(present_entries(decode_pagemap(pagemap.read_bytes(), pagemap)[1])[:, 1].sum())
             self._stats.shpages_scanned += pages
             self._stats.shpages_written += pages
             self._stats.bytes_written += pages * PAGE_SIZE

@@ -302,7 +302,7 @@ class DumpRun:
 
     def _prepare_tree(self) -> None:
         processes = self._find_tree()
-        ahead = [process for process in processes if self._kind == "dump"]
+        ahead = processes if self._kind == "dump" else []
         with ThreadPoolExecutor(max(1, min(len(ahead), _LOOKING_AHEAD))) as beside:
             found = [beside.submit(look_ahead, process.task.pid) for process in ahead]
             self._may_share = may_share_pages(process.task for process in ahead)

@@ -21,8 +21,9 @@ from incdump.model.runs import (
     intersect,
     member,
     page_addresses,
+    present_entries,
 )
-from incdump.page_pipe import Chunk, cut
+from incdump.page_pipe import CHUNK_PAGES, Chunk, cut
 from incdump.tracking.content import hash_pages
 from incdump.xfer.local import close_gaps, cut_off, write_chunk
 
@@ -64,11 +65,10 @@ class PagesImage:
         At most `MOST_ROOM` pages. A disk that has no room is told of when they do come.
         """
         self._room = min(pages, MOST_ROOM)
-        zeros = bytes(PAGE_SIZE << 8)
+        zeros = memoryview(bytes(CHUNK_PAGES * PAGE_SIZE))
         try:
-            for first in range(0, self._room, 1 << 8):
-                size = min(self._room - first, 1 << 8) * PAGE_SIZE
-                os.pwrite(self._fd, memoryview(zeros)[:size], first * PAGE_SIZE)
+            for first in range(0, self._room, CHUNK_PAGES):
+                os.pwrite(self._fd, zeros[: (self._room - first) * PAGE_SIZE], first * PAGE_SIZE)
         except OSError:
             with suppress(OSError):
                 os.ftruncate(self._fd, 0)
@@ -77,7 +77,7 @@ class PagesImage:
         """Fix the place of every page of these entries, and cut them into chunks to be written."""
         first = self.nr_pages
         self._entries.append(entries)
-        self.nr_pages += int(entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0, 1].sum())
+        self.nr_pages += int(present_entries(entries)[:, 1].sum())
         return cut(entries, first)
 
     def write(
@@ -103,8 +103,7 @@ class PagesImage:
 
         :raises incdump.errors.ImagesIOError: the image cannot be written.
         """
-        rows = np.concatenate(self._entries) if self._entries else empty_regions()
-        rows = rows[(rows[:, 2] & np.uint64(PE_PRESENT)) != 0]
+        rows = present_entries(np.concatenate(self._entries) if self._entries else empty_regions())
         places = np.cumsum(rows[:, 1]) - rows[:, 1]
         for start, end in intersect(entry_runs(rows), spans).tolist():
             row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1

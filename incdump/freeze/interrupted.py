@@ -18,12 +18,13 @@ This module is stdlib only: the small holder process uses it.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from incdump._uapi import ptrace
-from incdump._uapi.arch import ARCH, EINTR
+from incdump._uapi.arch import ARCH
 from incdump._uapi.procfile import read_small
 from incdump.freeze.choice import read_status
 
@@ -98,7 +99,7 @@ def spare_eintr(pid: int, tid: int, registers: Registers, seen: Call | None) -> 
 def fail_after_all(tid: int, registers: Registers) -> None:
     """aarch64: undo `spare_eintr` for a thread that a signal handler is about to run in: it has to see EINTR."""
     ptrace.getregset(tid, registers)
-    ARCH.set_result(registers, -EINTR)
+    ARCH.set_result(registers, -errno.EINTR)
     registers[ARCH.pc] += _STEP
     ptrace.setregset(tid, registers)
 

@@ -162,6 +162,12 @@ def runs_of_pages(addresses: NDArray[np.uint64]) -> Runs:
     return np.stack((starts, ends), axis=1)
 
 
+def present_entries(entries: Entries) -> Entries:
+    """The rows of an entry table that have a place in the pages image (PE_PRESENT)."""
+    present: Entries = entries[(entries[:, 2] & np.uint64(PE_PRESENT)) != 0]
+    return present
+
+
 def entry_runs(entries: Entries) -> Runs:
     """The pages that an entry table covers, whatever their flags, as a run set."""
     spans = np.stack((entries[:, 0], entries[:, 0] + (entries[:, 1] << np.uint64(PAGE_SHIFT))), axis=1)

@@ -11,10 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
-from incdump.errors import NoSuchTarget, TargetUnsuitable
+from incdump.errors import NoSuchTarget, TargetDenied, TargetUnsuitable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
@@ -172,6 +177,22 @@ def leaderless(pid: int) -> TargetUnsuitable:
     """The error for a process whose main thread has exited before the others."""
     message = f"the main thread of process {pid} has exited while others run: such a process cannot be dumped"
     return TargetUnsuitable(message, pid=pid)
+
+
+@contextmanager
+def reading(pid: int) -> Iterator[None]:
+    """Files of /proc/PID are read in here: what that fails with is told of the process.
+
+    :raises NoSuchTarget: there is no such process.
+    :raises TargetDenied: its files may not be read.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        message = f"no permission to read process {pid}: run as its user or as root (CAP_SYS_PTRACE)"
+        raise TargetDenied(message, pid=pid, errno=error.errno) from None
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise no_such_target(pid, error.errno) from None
 
 
 def no_such_target(pid: int, number: int | None = None) -> NoSuchTarget:

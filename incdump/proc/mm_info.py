@@ -12,9 +12,9 @@ import os
 import sys
 from array import array
 
-from incdump.errors import TargetDenied, TargetExited
+from incdump.errors import TargetExited
 from incdump.model.mm import MmInfo
-from incdump.proc.identity import no_such_target, read_proc
+from incdump.proc.identity import read_proc, reading
 
 _FIRST_FIELD = 3  # of what follows the comm in /proc/PID/stat
 _SUID_DUMP_USER = 1
@@ -27,16 +27,11 @@ def read_mm_info(pid: int) -> MmInfo:
     :raises TargetDenied: its files may not be read.
     :raises TargetExited: it has no address space any more.
     """
-    try:
+    with reading(pid):
         stat = read_proc(f"/proc/{pid}/stat").rpartition(b")")[2].split()
         words = array("Q", _whole_words(read_proc(f"/proc/{pid}/auxv")))
         status = read_proc(f"/proc/{pid}/status")
         owner = os.stat(f"/proc/{pid}/auxv").st_uid
-    except PermissionError as error:
-        message = f"no permission to read process {pid}: run as its user or as root (CAP_SYS_PTRACE)"
-        raise TargetDenied(message, pid=pid, errno=error.errno) from None
-    except (ProcessLookupError, FileNotFoundError) as error:
-        raise no_such_target(pid, error.errno) from None
     if not words:
         raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
     fields = {line.partition(b":")[0]: line.partition(b":")[2].split() for line in status.splitlines()}

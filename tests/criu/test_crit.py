@@ -17,11 +17,12 @@ import incdump
 from tests import oracle
 from tests.criu.criu import CriuFailed, restorable_churn, restore
 from tests.criu.namespaces import in_own_namespaces
-from tests.criu.pycriu import Pycriu, PycriuMissingError, find_pycriu
 from tests.targets.build import churn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from tests.criu.pycriu import Pycriu
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(300)]
 
@@ -29,14 +30,6 @@ CRIT = "import sys; sys.argv[0] = 'crit'; from pycriu.cli import main; main()"
 
 
 Dumped: TypeAlias = tuple[Path, dict[int, list[str]]]
-
-
-@pytest.fixture(scope="module")
-def pycriu() -> Pycriu:
-    try:
-        return find_pycriu()
-    except PycriuMissingError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

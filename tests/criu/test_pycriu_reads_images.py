@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,7 +24,9 @@ from incdump.proc.maps import read_vmas
 from incdump.proc.mm_info import read_mm_info
 from incdump.proc.shmem import find_segments
 from incdump.proc.tree import process_tree
-from tests.criu.pycriu import Pycriu, PycriuMissingError, find_pycriu
+
+if TYPE_CHECKING:
+    from tests.criu.pycriu import Pycriu
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,14 +54,6 @@ from incdump.images._pb import pagemap_pb2
 from pycriu import images
 print(pagemap_pb2.pagemap_entry(vaddr=1).vaddr)
 """
-
-
-@pytest.fixture(scope="module")
-def pycriu() -> Pycriu:
-    try:
-        return find_pycriu()
-    except PycriuMissingError as error:
-        pytest.skip(str(error))
 
 
 def load(pycriu: Pycriu, path: Path, data: bytes) -> dict[str, Any]:
