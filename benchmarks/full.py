@@ -2,7 +2,8 @@
 
 The limit's threads take turns at blocks of the target's one big mapping: process_vm_readv(2) into a buffer that is used
 again and again, pwrite(2) at the block's place in a file. It is run with blocks of 4 and of 1 MiB; the better of the
-two is the limit. Every file is new and is removed right after its round, for all contestants alike: page cache that was
+two is the limit. What it would take in a file laid out beforehand by fallocate(2), as incdump's is, is told beside it.
+Every file is new and is removed right after its round, for all contestants alike: page cache that was
 just given back is what makes these machines slow or fast.
 
 Contestants of incdump, all of the same quiet target:
@@ -25,6 +26,7 @@ import numpy as np
 
 from benchmarks.bench import MIB
 from benchmarks.report import Report, Verdict, alternate, ratios
+from incdump._uapi.fallocate import fallocate
 from incdump._uapi.memory import process_vm_readv
 from incdump.proc.maps import read_vmas
 
@@ -45,9 +47,11 @@ class Limit:
 
     :param span: start and end of the memory to copy.
     :param block: bytes copied at a time.
+    :param laid_out: whether the file is laid out first; that counts.
     """
 
-    def __init__(self, bench: Bench, pid: int, span: tuple[int, int], block: int) -> None:
+    def __init__(self, bench: Bench, pid: int, span: tuple[int, int], block: int, *, laid_out: bool = False) -> None:
+        self._laid_out = laid_out
         self._bench = bench
         self._pid = pid
         self._span = span
@@ -61,6 +65,8 @@ class Limit:
         path = self._bench.directory / "limit"
         began = time.perf_counter()
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if self._laid_out:
+            fallocate(fd, self._span[1] - self._span[0])
         turns = itertools.count()
         threads = [threading.Thread(target=self._copy, args=(fd, turns, buffer)) for buffer in self._buffers]
         for thread in threads:
@@ -77,13 +83,12 @@ class Limit:
 
     def _copy(self, fd: int, turns: itertools.count[int], buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
         start, end = self._span
-        local = np.array([[buffer.ctypes.data, 0]], np.uint64)
+        address = buffer.ctypes.data
         remote = np.empty((1, 2), np.uint64)
         while (offset := next(turns) * self._block) < end - start:
             size = min(self._block, end - start - offset)
-            local[0, 1] = size
             remote[0] = start + offset, size
-            copied = process_vm_readv(self._pid, local, remote)
+            copied = process_vm_readv(self._pid, address, size, remote)
             os.pwrite(fd, buffer.data[:copied], offset)
 
 
@@ -126,6 +131,7 @@ def run(bench: Bench) -> Iterator[Report]:
         limits = {f"limit, {block // MIB} MiB": Limit(bench, target.pid, span, block) for block in BLOCKS}
         contestants: dict[str, Callable[[], float]] = {
             **limits,
+            "limit, laid out": Limit(bench, target.pid, span, BLOCKS[-1], laid_out=True),
             "first dump": dumps.first_dump,
             "dump": dumps.dump,
             "command": dumps.command,
@@ -137,6 +143,7 @@ def run(bench: Bench) -> Iterator[Report]:
     report.compare("dump", better, limit=SLOWER_THAN_LIMIT)
     report.compare("first dump", better)
     report.compare("command", better)
+    report.compare("dump", "limit, laid out")
     results = dumps.results[-bench.rounds :]
     frozen = [r.stats.frozen_time / 1e6 for r in results]
     report.verdicts.append(Verdict(f"frozen_time of dump / {better}", ratios(frozen, figures[better])))

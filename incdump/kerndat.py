@@ -402,9 +402,8 @@ def process_vm_readv() -> Feature:
 
     def attempt() -> str:
         source, copy = np.arange(64, dtype=np.uint8), np.zeros(64, np.uint8)
-        local = np.array([[copy.ctypes.data, 64]], np.uint64)
         remote = np.array([[source.ctypes.data, 64]], np.uint64)
-        if readv(os.getpid(), local, remote) != 64 or not (copy == source).all():
+        if readv(os.getpid(), copy.ctypes.data, 64, remote) != 64 or not (copy == source).all():
             raise _FailedError("what was read is not what is there")
         return "read own memory"
 

@@ -14,13 +14,11 @@ time of a full dump.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from incdump.model.runs import PAGE_SHIFT, page_count, present_entries
+from incdump.model.runs import PAGE_SHIFT, present_entries
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,8 +31,7 @@ CHUNK_PAGES = 256
 """1 MiB: what was read is still in the processor's own cache when it is written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A piece of work for a writer.
 
     :ivar runs: the pages, ascending; their bytes lie back to back in the pages image. Shape (n, 2).
@@ -56,17 +53,19 @@ def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
     rows = present_entries(entries)
     if not len(rows):
         return
-    spans, place = _split(rows, first_page)
-    begins = np.flatnonzero(np.diff(place // CHUNK_PAGES, prepend=-1)).tolist()
-    for begin, end in pairwise([*begins, len(spans)]):
-        runs = spans[begin:end]
-        yield Chunk(runs, int(place[begin]), page_count(runs))
+    spans, place, end_place = _split(rows, first_page)
+    begins = np.flatnonzero(np.diff(place // CHUNK_PAGES, prepend=-1))
+    places = [*place[begins].tolist(), end_place]
+    bounds = [*begins.tolist(), len(spans)]
+    for i in range(len(begins)):
+        yield Chunk(spans[bounds[i] : bounds[i + 1]], places[i], places[i + 1] - places[i])
 
 
-def _split(rows: Entries, first_page: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def _split(rows: Entries, first_page: int) -> tuple[Runs, NDArray[np.int64], int]:
     """Cut entries wherever a chunk ends.
 
-    :returns: the pieces, start and end, shape (n, 2); and the place of each in the image, in pages, shape (n,).
+    :returns: the pieces, start and end, shape (n, 2); the place of each in the image, in pages, shape (n,); and where
+        in the image the last one ends.
     """
     sizes = rows[:, 1].astype(np.int64)
     ends = np.cumsum(sizes) + first_page
@@ -78,4 +77,4 @@ def _split(rows: Entries, first_page: int) -> tuple[NDArray[np.uint64], NDArray[
     place = np.maximum(begins[of], (chunk[of] + nth) * CHUNK_PAGES)
     until = np.minimum(ends[of], (chunk[of] + nth + 1) * CHUNK_PAGES)
     within = np.stack((place - begins[of], until - begins[of]), axis=1).astype(np.uint64)
-    return rows[of, :1] + (within << np.uint64(PAGE_SHIFT)), place
+    return rows[of, :1] + (within << np.uint64(PAGE_SHIFT)), place, int(ends[-1])

@@ -1,8 +1,8 @@
 """Reading another process's memory, and asking for one of its mappings.
 
-process_vm_readv(2) takes arrays of ``struct iovec``; here they are NumPy arrays of shape (k, 2), uint64: address and
-length, so that no Python object is made per iovec. PROCMAP_QUERY (Linux 6.11, include/uapi/linux/fs.h) answers for one
-address what /proc/PID/maps tells of all.
+process_vm_readv(2) takes arrays of ``struct iovec``; the target's is a NumPy array here, shape (k, 2), uint64: address
+and length, so that no Python object is made per iovec. PROCMAP_QUERY (Linux 6.11, include/uapi/linux/fs.h) answers for
+one address what /proc/PID/maps tells of all.
 """
 
 from __future__ import annotations
@@ -36,15 +36,20 @@ _process_vm_readv.argtypes = (
 )
 
 
-def process_vm_readv(pid: int, local: NDArray[np.uint64], remote: NDArray[np.uint64]) -> int:
+_IOVEC = struct.Struct("=QQ")
+
+
+def process_vm_readv(pid: int, address: int, length: int, remote: NDArray[np.uint64]) -> int:
     """Copy memory of process `pid` into this process; the GIL is released.
 
-    :param local: shape (k, 2), C-contiguous: address and length of each destination, in this process.
-    :param remote: shape (m, 2), C-contiguous: address and length of each source, in the target; m at most `IOV_MAX`.
+    :param address: of the destination, in this process.
+    :param length: of the destination, bytes.
+    :param remote: shape (m, 2): address and length of each source, in the target; m at most `IOV_MAX`.
     :returns: bytes copied. Fewer than asked for: the copy ended at the first unreadable page, even inside an iovec.
     :raises OSError: EFAULT: the very first page is unreadable. ESRCH: no such process, or it has no memory any more.
     """
-    copied: int = _process_vm_readv(pid, local.ctypes.data, len(local), remote.ctypes.data, len(remote), 0)
+    local = _IOVEC.pack(address, length)
+    copied: int = _process_vm_readv(pid, local, 1, remote.tobytes(), len(remote), 0)  # quicker than remote.ctypes
     if copied < 0:
         raise_errno()
     return copied

@@ -308,6 +308,8 @@ class DumpRun:
             self._may_share = may_share_pages(process.task for process in ahead)
             for process in processes:
                 self._prepare(process)
+            for process in ahead:
+                process.lay_out()
         for process, look in zip(ahead, found, strict=True):
             process.ahead = look.result()
             process.make_room()

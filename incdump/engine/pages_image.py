@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from incdump._uapi.fallocate import fallocate
 from incdump.images.pagemap import encode_pagemap
 from incdump.model.regions import split_at
 from incdump.model.runs import (
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 
 MOST_ROOM = 1 << 16
-"""256 MiB: what takes longer to make room for than is to be waited before a freeze."""
+"""256 MiB: to fill more with zeros takes longer than is to be waited before a freeze."""
 
 
 class PagesImage:
@@ -59,19 +61,38 @@ class PagesImage:
         self._room = 0
         self.nr_pages = 0
 
-    def make_room(self, pages: int) -> None:
-        """Write zeros where pages are to come, so that the page cache has memory for them; too many do no harm.
+    def lay_out(self, pages: int) -> None:
+        """Have the disk's blocks reserved for pages that are to come; too many, or too few, do no harm.
 
-        At most `MOST_ROOM` pages. A disk that has no room is told of when they do come.
+        On ext4, to look for a place for each block while it is written takes a fifth of all the writing. A disk that
+        has no room is told of when the pages do come.
         """
-        self._room = min(pages, MOST_ROOM)
+        if pages <= 0:
+            return
+        self._room = pages
+        try:
+            fallocate(self._fd, pages * PAGE_SIZE)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                self._give_up_room()
+
+    def make_room(self, pages: int) -> None:
+        """Lay out, and write zeros, so that the page cache has memory for the pages as well.
+
+        At most `MOST_ROOM` pages.
+        """
+        self.lay_out(min(pages, MOST_ROOM))
         zeros = memoryview(bytes(CHUNK_PAGES * PAGE_SIZE))
         try:
             for first in range(0, self._room, CHUNK_PAGES):
                 os.pwrite(self._fd, zeros[: (self._room - first) * PAGE_SIZE], first * PAGE_SIZE)
         except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._fd, 0)
+            self._give_up_room()
+
+    def _give_up_room(self) -> None:
+        self._room = 0
+        with suppress(OSError):
+            os.ftruncate(self._fd, 0)
 
     def append(self, entries: Entries) -> Iterator[Chunk]:
         """Fix the place of every page of these entries, and cut them into chunks to be written."""

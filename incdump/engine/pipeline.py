@@ -132,7 +132,10 @@ class Pipeline:
                 for chunk in chunks:
                     self._stats.page_pipes += 1
                     self._stats.page_pipe_bufs += len(chunk.runs)
-                    await out.send((owner, chunk))
+                    try:
+                        out.send_nowait((owner, chunk))
+                    except anyio.WouldBlock:
+                        await out.send((owner, chunk))  # a turn of the loop each: not for every one
 
     async def _write_chunks(
         self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]

@@ -8,6 +8,7 @@ pipeline `windows`, `classify`, `chunks` and `write`; then `finish`; and at last
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
 from incdump.model.vmas import Prot, VmaKind
 from incdump.proc.maps import reread_vmas
 from incdump.proc.memory import ProcessMemory
+from incdump.proc.mm_info import anonymous_pages
 from incdump.tracking import content
 
 if TYPE_CHECKING:
@@ -116,6 +118,13 @@ class ProcessDump:
             return
         self.incremental = self._parent is not None and self._watch.is_about(self._parent)
 
+    def lay_out(self) -> None:
+        """Have the pages image of a dump of everything laid out, before the freeze. Blocks."""
+        if self.exited or self.incremental:
+            return
+        with contextlib.suppress(NoSuchTarget):
+            self._image = self._new_image()
+
     def make_room(self) -> None:
         """Have the pages image ready for as many pages as were written so far, of an incremental dump. Blocks.
 
@@ -123,16 +132,17 @@ class ProcessDump:
         """
         if self.exited or not self.incremental or self.ahead is None:
             return
-        try:
-            pages = self._watch.count_written(self.ahead.known.vmas)
-        except TargetExited:
-            return
-        if pages:
-            self._image = self._new_image()
-            self._image.make_room(pages + pages // 8)
+        with contextlib.suppress(TargetExited):
+            if pages := self._watch.count_written(self.ahead.known.vmas):
+                self._image = self._new_image()
+                self._image.make_room(pages + pages // 8)
 
     def _new_image(self) -> PagesImage:
-        return PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
+        """An empty image; of a dump of everything, laid out for all anonymous memory."""
+        pages = 0 if self.incremental else anonymous_pages(self.task.pid)
+        image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
+        image.lay_out(pages)
+        return image
 
     def freeze(self, task: Task, *, may_share: bool, until_read: bool) -> None:
         """The process is frozen from now on: look at it afresh. Blocks.

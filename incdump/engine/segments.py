@@ -24,6 +24,7 @@ from incdump.model.runs import (
     clip,
     empty_runs,
     intersect,
+    page_count,
     run,
 )
 from incdump.proc import shmem
@@ -166,6 +167,8 @@ class SegmentDump:
             self._source = OpenedSegment(file)
         self._image = PagesImage(self._means.images, f"pagemap-shmem-{self.segment.id}.img")
         populated = self._source.populated()
+        if self._parent is None:
+            self._image.lay_out(page_count(populated))
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8)
         end = int(populated[-1, 1]) if len(populated) else 0
         for lo in range(0, end, WINDOW_BYTES):

@@ -113,14 +113,13 @@ class ProcessMemory:
         """Read what one call can read, as nearly all can be; False if anything at all is special about it."""
         if not 0 < len(runs) <= IOV_MAX:
             return False
-        remote = np.empty_like(runs)
-        remote[:, 0] = runs[:, 0]
-        np.subtract(runs[:, 1], runs[:, 0], out=remote[:, 1])
-        wanted = int(remote[:, 1].sum())
+        remote = runs.copy()
+        remote[:, 1] -= remote[:, 0]
+        wanted = int(remote[0, 1] if len(remote) == 1 else remote[:, 1].sum())
         if wanted > len(into) or not into.flags.writeable:
             return False
         try:
-            copied = process_vm_readv(self.pid, np.array([[into.ctypes.data, wanted]], np.uint64), remote)
+            copied = process_vm_readv(self.pid, into.ctypes.data, wanted, remote)
         except OSError:
             return False
         if copied != wanted:
@@ -202,13 +201,11 @@ class _Reading:
 
     def read(self, first: int, last: int) -> None:
         """Read runs ``[first, last)``."""
-        local = np.empty((1, 2), np.uint64)
         while first < last:
             stop = min(first + IOV_MAX, last)
             begin = self.begin_of(first)
             wanted = int(self.ends[stop - 1]) - begin
-            local[0] = self.base + begin, wanted
-            copied = self.copy(local, self.remote[first:stop])
+            copied = self.copy(self.base + begin, wanted, self.remote[first:stop])
             if copied == wanted:
                 first = stop
                 continue
@@ -217,10 +214,10 @@ class _Reading:
             self.read_slowly(run, begin + copied - self.begin_of(run))
             first = run + 1
 
-    def copy(self, local: NDArray[np.uint64], remote: NDArray[np.uint64]) -> int:
+    def copy(self, address: int, length: int, remote: NDArray[np.uint64]) -> int:
         """Copy as far as it goes; 0 when the very first page cannot be read, or process_vm_readv is not allowed."""
         try:
-            return process_vm_readv(self.pid, local, remote)
+            return process_vm_readv(self.pid, address, length, remote)
         except ProcessLookupError:
             raise _exited(self.pid) from None
         except OSError as e:

@@ -9,11 +9,13 @@ files in /proc: root instead of its own user, if it is not.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from array import array
 
 from incdump.errors import TargetExited
 from incdump.model.mm import MmInfo
+from incdump.model.runs import PAGE_SIZE
 from incdump.proc.identity import read_proc, reading
 
 _FIRST_FIELD = 3  # of what follows the comm in /proc/PID/stat
@@ -36,6 +38,19 @@ def read_mm_info(pid: int) -> MmInfo:
         raise TargetExited(f"process {pid} has no memory: it has exited, or is a kernel thread", pid=pid)
     fields = {line.partition(b":")[0]: line.partition(b":")[2].split() for line in status.splitlines()}
     return _mm_info([int(word) if word.isdigit() else 0 for word in stat], tuple(words), fields, owner)
+
+
+def anonymous_pages(pid: int) -> int:
+    """About how many pages of memory a process has for itself, in memory or swapped out.
+
+    The kernel's counters lag a little, and a process that is gone has none.
+
+    :raises NoSuchTarget: there is no such process.
+    """
+    with reading(pid):
+        status = read_proc(f"/proc/{pid}/status")
+    sizes = re.findall(rb"^(?:RssAnon|VmSwap|HugetlbPages):\s+(\d+) kB$", status, re.MULTILINE)
+    return sum(int(size) for size in sizes) * 1024 // PAGE_SIZE
 
 
 def _whole_words(data: bytes) -> bytes:

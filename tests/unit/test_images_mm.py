@@ -26,7 +26,7 @@ from incdump.model.mm import MmInfo
 from incdump.model.runs import empty_runs
 from incdump.model.vmas import VmaFlag, VmaKind, VmaTable
 from incdump.proc.maps import parse_maps, read_vmas
-from incdump.proc.mm_info import read_mm_info
+from incdump.proc.mm_info import anonymous_pages, read_mm_info
 from incdump.proc.shmem import Segment, SegmentMapping, find_segments
 from incdump.proc.tree import Task, process_tree
 
@@ -480,6 +480,23 @@ class TestMmInfo:
         with pytest.raises(NoSuchTarget) as caught:
             read_mm_info(sleeper.pid)
         assert caught.value.pid == sleeper.pid
+
+
+class TestAnonymousPages:
+    def test_memory_counts_once_it_was_touched_but_for_the_kernels_lag(self) -> None:
+        before = anonymous_pages(os.getpid())
+        with mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            assert abs(anonymous_pages(os.getpid()) - before) < 1000
+            memory[:] = bytes(len(memory))
+            assert abs(anonymous_pages(os.getpid()) - before - (64 << 8)) < 1000
+
+    def test_a_process_without_memory_has_none(self, sleeper: subprocess.Popen[bytes]) -> None:
+        sleeper.kill()
+        os.waitid(os.P_PID, sleeper.pid, os.WEXITED | os.WNOWAIT)
+        assert anonymous_pages(sleeper.pid) == 0
+        sleeper.wait()
+        with pytest.raises(NoSuchTarget):
+            anonymous_pages(sleeper.pid)
 
 
 def test_a_real_process_s_mappings_come_back(sleeper: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import tempfile
@@ -37,6 +38,8 @@ from tests.unit.pagesets import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from incdump.model.runs import Entries
 
 NAME = "pagemap-7.img"
@@ -50,14 +53,17 @@ def write_image(
     memory: Memory,
     order: Random,
     hashes: HashCollector | None = None,
-    room: int = 0,
+    ready: Callable[[PagesImage], None] = lambda _image: None,
 ) -> tuple[bytes, bytes]:
-    """Write an image, its chunks in some order; the bytes of the pagemap and of the pages."""
+    """Write an image, its chunks in some order; the bytes of the pagemap and of the pages.
+
+    :param ready: done with it before the first page comes.
+    """
     buffer = make_buffer(CHUNK_PAGES)
     wanted = runs_of({page for entries in windows for page in flags_of(entries)})
     with NewImagesDir.create(directory) as images:
         image = PagesImage(images, NAME)
-        image.make_room(room)
+        ready(image)
         chunks = [chunk for entries in windows for chunk in image.append(entries)]
         order.shuffle(chunks)
         for chunk in chunks:
@@ -65,6 +71,8 @@ def write_image(
         nr_pages = image.finish()
         image.close()
         pagemap, pages = (directory / NAME).read_bytes(), (directory / "pages-1.img").read_bytes()
+        used = (directory / "pages-1.img").stat().st_blocks * 512
+        assert used <= len(pages) + PAGE  # what was laid out in excess is given back
     assert nr_pages == image.nr_pages == len(pages) // PAGE
     return pagemap, pages
 
@@ -116,22 +124,53 @@ def test_an_image_whose_pages_failed_is_the_image_that_never_had_them(
     assert failed == clean
 
 
-@pytest.mark.parametrize("room", [1, 255, 256, 700, 2000])
+getting_ready = pytest.mark.parametrize("get_ready", [PagesImage.lay_out, PagesImage.make_room])
+
+
+@getting_ready
+@pytest.mark.parametrize("room", [0, 1, 255, 256, 700, 2000])
 @pytest.mark.parametrize("failed", [set(), {3}, set(range(100, 400))], ids=len)
-def test_room_that_was_made_is_not_seen_in_the_image(tmp_path: Path, room: int, failed: set[int]) -> None:
+def test_room_that_was_made_is_not_seen_in_the_image(
+    tmp_path: Path, get_ready: Callable[[PagesImage, int], None], room: int, failed: set[int]
+) -> None:
     windows = [entries_of(dict.fromkeys(range(600), 4))]
     plain = write_image(tmp_path / "1", windows, Memory(failed), Random(1))
-    assert write_image(tmp_path / "2", windows, Memory(failed), Random(2), room=room) == plain
+    ready = write_image(tmp_path / "2", windows, Memory(failed), Random(2), ready=lambda i: get_ready(i, room))
+    assert ready == plain
 
 
-def test_where_there_is_no_room_nothing_is_said_before_the_pages_come(tmp_path: Path) -> None:
+def test_a_file_that_is_laid_out_has_its_blocks_before_the_first_page_comes(tmp_path: Path) -> None:
+    with NewImagesDir.create(tmp_path / "1") as images:
+        image = PagesImage(images, NAME)
+        image.lay_out(700)
+        assert (tmp_path / "1" / "pages-1.img").stat().st_blocks * 512 >= 700 * PAGE
+        image.close()
+
+
+@getting_ready
+def test_a_file_system_that_lays_nothing_out_is_no_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, get_ready: Callable[[PagesImage, int], None]
+) -> None:
+    def refuse(_fd: int, _size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    windows = [entries_of(dict.fromkeys(range(600), 4))]
+    plain = write_image(tmp_path / "1", windows, Memory(), Random(1))
+    monkeypatch.setattr("incdump.engine.pages_image.fallocate", refuse)
+    assert write_image(tmp_path / "2", windows, Memory(), Random(2), ready=lambda i: get_ready(i, 700)) == plain
+
+
+@getting_ready
+def test_where_there_is_no_room_nothing_is_said_before_the_pages_come(
+    tmp_path: Path, get_ready: Callable[[PagesImage, int], None]
+) -> None:
     with NewImagesDir.create(tmp_path / "1") as images:
         image = PagesImage(images, NAME)
         path = tmp_path / "1" / "pages-1.img"
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300 * PAGE, before[1]))
         try:
-            image.make_room(700)
+            get_ready(image, 700)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert path.stat().st_size == 0
