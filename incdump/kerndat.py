@@ -144,12 +144,15 @@ def _pme(address: int) -> int:
     return entry
 
 
-def _scan(address: int, pages: int, *, flags: int = 0, mask: int = 0, returned: int = 0) -> list[tuple[int, int]]:
+def _scan(
+    address: int, pages: int, *, flags: int = 0, inverted: int = 0, mask: int = 0, anyof: int = 0, returned: int = 0
+) -> list[tuple[int, int]]:
     """Scan this process's own pages; for each region: its first page (0 is `address`) and one past its last."""
     vec = np.empty((16, 3), np.uint64)
     end = address + (pages << PAGE_SHIFT)
     with _opened("/proc/self/pagemap") as fd:
-        count, _ = scan_ioctl(fd, address, end, vec, flags=flags, mask=mask, returned=returned)
+        masks = {"inverted": inverted, "mask": mask, "anyof": anyof, "returned": returned}
+        count, _ = scan_ioctl(fd, address, end, vec, flags=flags, **masks)
     return [((int(a) - address) >> PAGE_SHIFT, (int(b) - address) >> PAGE_SHIFT) for a, b, _ in vec[:count]]
 
 
@@ -293,6 +296,7 @@ def _attempt_uffd_wp() -> str:
         userfaultfd.api(uffd, userfaultfd.FEATURE_WP_ASYNC | userfaultfd.FEATURE_WP_UNPOPULATED)
         with _pages(8) as elsewhere:
             _exercise_uffd_wp(uffd, elsewhere)
+            _exercise_exceptions(uffd)
             found = _scan(elsewhere, 8, mask=PageIs.WRITTEN, returned=PageIs.WRITTEN)
     finally:
         os.close(uffd)
@@ -332,6 +336,29 @@ def _exercise_uffd_wp(uffd: int, elsewhere: int) -> None:
     except BaseException:
         mapping.unmap(pages, length)
         raise
+
+
+def _exercise_exceptions(uffd: int) -> None:
+    """See that a scan for what is absent, not watched or written keeps silent about clean pages, and these alone."""
+    odd = PageIs.PRESENT | PageIs.WPALLOWED
+    most = 8 << 20 >> PAGE_SHIFT  # of these, whole page tables are not there
+
+    def see(expected: list[tuple[int, int]], when: str) -> None:
+        found = _scan(pages, most, inverted=odd, anyof=odd | PageIs.WRITTEN, returned=PageIs.PRESENT)
+        if found != expected:
+            raise _FailedError(f"{when}, pages {found} were reported as absent or written instead of {expected}")
+
+    with _pages(most) as pages:
+        for page in (0, 1, 2, 1500):
+            mapping.write_byte(pages + page * PAGE_SIZE, 1)
+        see([(0, 3), (3, 1500), (1500, 1501), (1501, most)], "while nobody watched")
+        userfaultfd.register_wp(uffd, pages, most << PAGE_SHIFT)
+        populated = PageIs.WRITTEN | PageIs.PRESENT
+        _scan(pages, most, flags=PM_SCAN_WP_MATCHING, mask=populated, returned=PageIs.WRITTEN)
+        see([(3, 1500), (1501, most)], "after protection")
+        mapping.write_byte(pages + PAGE_SIZE, 2)
+        mapping.advise(pages + 1024 * PAGE_SIZE, 1024 * PAGE_SIZE, mapping.MADV_DONTNEED)
+        see([(1, 2), (3, most)], "after page 1 was written and pages 1024 to 2047 were dropped")
 
 
 @cache

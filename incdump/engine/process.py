@@ -190,7 +190,7 @@ class ProcessDump:
         whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
         wanted = ((self._rule & Rule.DUMP) != 0) & ~whole
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8) if self._has_hashes() else None
-        raw = self._timed(self._watch.windows(vmas.select(wanted), watched[wanted]))
+        raw = self._timed(self._watch.windows(vmas.select(wanted), watched[wanted], incremental=self.incremental))
         for window in merge_into(raw, _present(vmas.spans(whole))):
             regions = window.regions if self.incremental else _all_written(window.regions)
             if scratch is not None:

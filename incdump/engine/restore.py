@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import aiofiles
 import anyio
 
 from incdump.criu.program import failure, find
@@ -58,16 +59,12 @@ async def restore(
         status = await _run([*command, *criu_options])
         if status:
             raise failure(program, status, f"restoring {images}", images / LOG, path=images)
-        pid = int(pid_path.read_text())
+        pid = int(await _read(pid_path))
     if pidfile is not None:
-        await in_thread(_write, Path(pidfile), f"{pid}\n")
+        await _write(pidfile, b"%d\n" % pid)
     stats = images / STATS
-    return RestoreResult(
-        images_dir=str(images),
-        pid=pid,
-        criu=str(program),
-        **decode_restore_stats(stats.read_bytes(), stats) if stats.exists() else {},
-    )
+    times = decode_restore_stats(await _read(stats), stats) if stats.exists() else {}
+    return RestoreResult(images_dir=str(images), pid=pid, criu=str(program), **times)
 
 
 def _prove(images_dir: str | os.PathLike[str]) -> Path:
@@ -89,9 +86,15 @@ def _prove(images_dir: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _write(path: Path, text: str) -> None:
+async def _read(path: Path) -> bytes:
+    async with aiofiles.open(path, "rb") as file:
+        return await file.read()
+
+
+async def _write(path: str | os.PathLike[str], data: bytes) -> None:
     try:
-        path.write_text(text)
+        async with aiofiles.open(path, "wb") as file:
+            await file.write(data)
     except OSError as error:
         raise IncdumpError(f"cannot write {path}: {error.strerror}", path=path, errno=error.errno) from error
 

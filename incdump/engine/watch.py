@@ -186,13 +186,14 @@ class Watch:
         """
         return 0 if self._round is None else self._round.count_written(vmas)
 
-    def windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
+    def windows(self, vmas: VmaTable, watched: NDArray[np.bool_], *, incremental: bool) -> Iterator[Window]:
         """Read what is populated and, of watched mappings, what was written; the answer is cleared with the reading.
 
         :param vmas: the mappings that are wanted.
         :param watched: what `begin` said of them.
+        :param incremental: whether what was not written may be left out.
         """
-        for window in self._raw_windows(vmas, watched):
+        for window in self._raw_windows(vmas, watched, incremental):
             if not self._frozen:
                 # After pages were marked as clean, before they are read: I/O that was under way to them either has
                 # ended by now, so that its bytes are read, or its file is still open.
@@ -203,12 +204,12 @@ class Watch:
             soft_dirty.reset(self.task.pid)
         self._look_for_pinned_io()
 
-    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
+    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_], incremental: bool) -> Iterator[Window]:
         means = self._means
         if not len(vmas):
             return iter(())
         if self._round is not None:
-            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm)
+            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm, mostly_clean=incremental)
         if means.tracker == soft_dirty.NAME and not self._untrusted:
             return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched)
         return uffd_wp.unvouched(means.reader.windows(self._pagemap_fd, vmas))

@@ -6,7 +6,7 @@ each VMA is decides what is dumped of it, see `VmaKind`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING
 
@@ -121,6 +121,11 @@ class VmaTable:
         columns = {f.name: getattr(self, f.name)[mask] for f in fields(self) if f.name not in ("names", "has_flags")}
         names = tuple(self.names[i] for i in np.flatnonzero(mask))
         return VmaTable(**columns, names=names, has_flags=self.has_flags)
+
+    def within(self, lo: int, hi: int) -> VmaTable:
+        """The mappings that reach into ``[lo, hi)``, their bounds cut to it."""
+        part = self.select((self.end > np.uint64(lo)) & (self.start < np.uint64(hi)))
+        return replace(part, start=np.maximum(part.start, np.uint64(lo)), end=np.minimum(part.end, np.uint64(hi)))
 
     def of_kind(self, *kinds: VmaKind) -> NDArray[np.bool_]:
         """For each VMA, whether it is of one of these kinds; shape (n,), bool."""

@@ -29,7 +29,7 @@ import numpy as np
 from incdump._uapi import userfaultfd as uapi
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
 from incdump.model.regions import PageIs, Window, mark, merge, merge_into
-from incdump.model.runs import PAGE_SIZE, canonical, empty_regions, empty_runs, page_count, subtract
+from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_runs, page_count, subtract
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.pagemap import ScanReader
 from incdump.tracking.ledger import Ledger
@@ -118,7 +118,13 @@ class UffdWpRound:
         return sum(page_count(window.regions) for window in scan.windows(self._pagemap_fd, wanted))
 
     def windows(
-        self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], *, rearm: bool = True
+        self,
+        reader: PagemapReader,
+        vmas: VmaTable,
+        watched: NDArray[np.bool_],
+        *,
+        rearm: bool = True,
+        mostly_clean: bool = False,
     ) -> Iterator[Window]:
         """Read what is populated and what was written, and mark it as clean again.
 
@@ -126,13 +132,15 @@ class UffdWpRound:
         :param vmas: the mappings that are wanted, ascending.
         :param watched: of these, which `register` has put under watch.
         :param rearm: False leaves the marks as they are: for a process that nobody will dump again.
+        :param mostly_clean: whether hardly a page is expected to have been written since the marks were set.
         :returns: windows over all of `vmas`; pages of watched mappings, and only these, have WPALLOWED, and WRITTEN
             where they were.
         """
         if not watched.any():
             yield from unvouched(reader.windows(self._pagemap_fd, vmas))
         elif reader.name == "scan":
-            yield from self._by_scan(vmas, watched, rearm)
+            by = self._by_exception if mostly_clean else self._by_scan
+            yield from by(vmas, watched, rearm)
         else:
             yield from self._by_entries(reader, vmas, watched, rearm)
 
@@ -148,21 +156,54 @@ class UffdWpRound:
             others = merge(others, self._read(ScanReader(mask=PageIs.WPALLOWED), vmas.select(~watched)))
         return merge_into(self._taking_scan(vmas.select(watched), rearm), others)
 
+    def _by_exception(self, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool) -> Iterator[Window]:
+        """The same, where nearly all pages are clean: of these the kernel says nothing, which is four times as quick.
+
+        First what was written is got and cleared. Then every page is told that is *not* present, watched, unwritten and
+        of the process's own: written once more meanwhile, absent, swapped out, of a mapping that is not watched after
+        all. What is left of the mappings is clean, if the address space is still there.
+        """
+        others = empty_regions()
+        if not watched.all():
+            unwatched = vmas.select(~watched)
+            for inverted in (PageIs.WPALLOWED, 0):
+                others = merge(others, self._read(ScanReader(mask=PageIs.WPALLOWED, inverted=inverted), unwatched))
+        return merge_into(self._told_by_exception(vmas.select(watched), rearm), others)
+
+    def _told_by_exception(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
+        exceptions = ScanReader(
+            inverted=PageIs.PRESENT | PageIs.WPALLOWED,
+            anyof=PageIs.PRESENT | PageIs.WPALLOWED | PageIs.WRITTEN | _NOT_OURS,
+            in_steps=False,
+        )
+        spans = canonical(vmas.spans())
+        if not rearm:
+            for window in exceptions.windows(self._pagemap_fd, vmas):
+                yield with_clean(window, spans, empty_runs())
+            return
+        for taken in self._taking_scan(vmas, rearm, also=PageIs.WRITTEN):
+            written = canonical(taken.regions[:, :2])
+            for window in exceptions.windows(self._pagemap_fd, vmas.within(taken.lo, taken.hi)):
+                yield with_clean(window, spans, written)
+
     def _read(self, reader: PagemapReader, vmas: VmaTable) -> Regions:
         found = [window.regions for window in unvouched(reader.windows(self._pagemap_fd, vmas))]
         return np.concatenate(found) if found else empty_regions()
 
-    def _taking_scan(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
-        """Get and clear. A scan takes whatever lies between its mappings along, so it is cut at what is not ours."""
+    def _taking_scan(self, vmas: VmaTable, rearm: bool, *, also: int = 0) -> Iterator[Window]:
+        """Get and clear. A scan takes whatever lies between its mappings along, so it is cut at what is not ours.
+
+        :param also: categories that pages must have to be told.
+        """
         group = np.searchsorted(self._foreign[:, 0], vmas.start)
         for number in np.unique(group).tolist():
-            yield from self._taking_scan_of(vmas.select(group == number), rearm)
+            yield from self._taking_scan_of(vmas.select(group == number), rearm, also)
 
-    def _taking_scan_of(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
+    def _taking_scan_of(self, vmas: VmaTable, rearm: bool, also: int) -> Iterator[Window]:
         scan = ScanReader(
             flags=PM_SCAN_WP_MATCHING if rearm else 0,
             inverted=_NOT_OURS,
-            mask=PageIs.WPALLOWED | _NOT_OURS,
+            mask=PageIs.WPALLOWED | _NOT_OURS | also,
             anyof=PageIs.PRESENT | PageIs.SWAPPED,
             on_regions=self._record if rearm else None,
             on_failure=self.ledger.record_span if rearm else None,
@@ -184,7 +225,7 @@ class UffdWpRound:
         self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool
     ) -> Iterator[Window]:
         """Get and clear everything first, then look at the entries: what either calls written, is."""
-        for _ in self._taking_scan(vmas.select(watched), rearm):
+        for _ in self._taking_scan(vmas.select(watched), rearm, also=PageIs.WRITTEN):
             pass
         written = self.ledger.taken()
         spans = canonical(vmas.spans(watched))
@@ -224,6 +265,19 @@ class UffdWpRound:
 
 class _Vanished(Exception):
     """A single page is not mapped, or not watched, any more."""
+
+
+def with_clean(window: Window, spans: Runs, written: Runs) -> Window:
+    """Add to a window of exceptions what it does not speak of: pages that are present, watched and not written.
+
+    :param spans: the mappings that were scanned, canonical.
+    :param written: pages that count as written, whatever the window says.
+    """
+    clean = subtract(clip(spans, window.lo, window.hi), canonical(window.regions[:, :2]))
+    there = np.full(len(clean), PageIs.PRESENT | PageIs.WPALLOWED, np.uint64)
+    populated = window.regions[window.regions[:, 2] & np.uint64(PageIs.PRESENT | PageIs.SWAPPED) != 0]
+    regions = merge(populated, np.column_stack((clean, there)))
+    return Window(window.lo, window.hi, mark(regions, written, PageIs.WRITTEN))
 
 
 def unvouched(windows: Iterator[Window]) -> Iterator[Window]:

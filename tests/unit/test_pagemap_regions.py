@@ -178,7 +178,7 @@ class FakeKernel:
         self.fail_at = fail_at
         self.number = number
         monkeypatch.setattr(scan, "pagemap_scan", self.scan)
-        monkeypatch.setattr(scan, "_is_gone", lambda fd, address: False)
+        monkeypatch.setattr(scan, "_check_there", lambda fd, address: None)
 
     def scan(self, fd: int, start: int, end: int, vec: Regions, **options: Any) -> tuple[int, int]:
         self.calls.append((start, end, options))

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
 _SCAN_REGIONS = 65536
 _SCAN_PAGES = 512 << 20 >> PAGE_SHIFT
 _FIRST_SCAN_PAGES = 8 << 20 >> PAGE_SHIFT  # the writers wait for the first window
+_ALL_PAGES = 1 << 52
 _FEW_PAGES = 64 << 20 >> PAGE_SHIFT  # are scanned before it is worth beginning to write
 _WORTH_TWO_THREADS = 32 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
 
 
-def _is_gone(pagemap_fd: int, address: int) -> bool:
-    """Whether an address space is gone: Linux 6.12, for one, scans it as if it were empty, but gives no entry of it."""
-    return not os.pread(pagemap_fd, 8, address >> PAGE_SHIFT - 3)
+def _check_there(pagemap_fd: int, address: int) -> None:
+    """Raise if an address space is gone: Linux 6.12, for one, scans it as if it were empty, but has no entry of it."""
+    if not os.pread(pagemap_fd, 8, address >> PAGE_SHIFT - 3):
+        raise address_space_gone()
 
 
 class _Masks(NamedTuple):
@@ -47,11 +49,16 @@ class _Masks(NamedTuple):
     returned: int
 
     def without_file(self) -> _Masks:
-        """The same for pages that are known not to be of a file: "must not be FILE" holds, and FILE is not reported."""
+        """The same for pages that are known not to be of a file: "must not be FILE" holds, "may be FILE" never does,
+        and FILE is not reported."""
         file = int(PageIs.FILE)
         not_file = self.mask & self.inverted & ~self.anyof & file
-        return self._replace(
-            mask=self.mask & ~not_file, inverted=self.inverted & ~not_file, returned=self.returned & ~file
+        if_file = self.anyof & ~self.inverted & ~self.mask & file
+        return _Masks(
+            mask=self.mask & ~not_file,
+            inverted=self.inverted & ~not_file,
+            anyof=self.anyof & ~if_file,
+            returned=self.returned & ~file,
         )
 
 
@@ -59,13 +66,13 @@ class _Pages:
     """The pages of some spans, counted.
 
     :param spans: canonical, not empty.
-    :ivar first_step: how many of them to scan before the first is written.
+    :ivar count: how many there are.
     """
 
     def __init__(self, spans: Runs) -> None:
         self._spans = spans
         self._until = np.cumsum((spans[:, 1] - spans[:, 0]) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        self.first_step = _FIRST_SCAN_PAGES if self._until[-1] > _FEW_PAGES else _FEW_PAGES
+        self.count = int(self._until[-1])
 
     def halves(self, start: int, end: int, most: int) -> tuple[int | None, int]:
         """Where two threads would part and end that scan the next pages, at most `most`; None: not worth it."""
@@ -98,8 +105,10 @@ class ScanReader:
     :param flags: ``PM_SCAN_*``.
     :param mask: categories that must all hold.
     :param inverted: categories whose absence counts, in `mask` and `anyof`.
-    :param anyof: categories of which one must hold; 0 for none.
+    :param anyof: categories of which one must hold; 0 for none. Those that this kernel does not know never hold.
     :param returned: categories to report; those that this kernel does not know are left out.
+    :param in_steps: begin with few pages, for which somebody waits. Otherwise a call's regions alone are limited, not
+        their pages: for what most of a huge mapping may match.
     :param on_regions: called with each call's regions, a copy, before anything else is done: before the next call to
         the kernel, before they are clipped, before they are yielded. Shape (n, 3).
     :param on_failure: with PM_SCAN_WP_MATCHING only: called with ``lo, hi`` when a call failed, which may have
@@ -116,6 +125,7 @@ class ScanReader:
         inverted: int = 0,
         anyof: int = POPULATED,
         returned: int | None = None,
+        in_steps: bool = True,
         on_regions: Callable[[Regions], None] | None = None,
         on_failure: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -124,8 +134,9 @@ class ScanReader:
         self.flags = flags
         self.mask = mask & ~never
         self.inverted = inverted & ~never
-        self.anyof = anyof
+        self.anyof = anyof & (known | inverted)
         self.returned = known if returned is None else returned & known
+        self.in_steps = in_steps
         self.on_regions = on_regions
         self.on_failure = on_failure
         self._spare = Spare()
@@ -133,7 +144,7 @@ class ScanReader:
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
         """See `PagemapReader.windows`.
 
-        A window holds at most 131,072 regions and 1.5 GiB of matching pages; the first ones hold less.
+        A window holds at most 131,072 regions and, read in steps, 1.5 GiB of matching pages; the first ones hold less.
         """
         wanted = join_near(wanted_spans(vmas), 0)
         if not len(wanted):
@@ -142,7 +153,7 @@ class ScanReader:
         hi = int(wanted[-1, 1])
         found: list[Regions] = []
         pages_wanted = _Pages(wanted)
-        count, pages, most = 0, 0, pages_wanted.first_step
+        count, pages, most = 0, 0, self._first_step(pages_wanted)
         with self._spare.borrow((2, _SCAN_REGIONS, 3)) as buffers:
             for start, end, masks in self._stretches(vmas, wanted):
                 for regions, at in self._steps(pagemap_fd, start, end, masks, pages_wanted, buffers):
@@ -150,12 +161,22 @@ class ScanReader:
                     count += len(regions)
                     pages += page_count(regions)
                     if count >= _SCAN_REGIONS or pages >= most:
+                        _check_there(pagemap_fd, lowest)
                         yield Window(lo, at, clip_to(np.concatenate(found), wanted))
-                        lo, found, count, pages, most = at, [], 0, 0, min(4 * most, _SCAN_PAGES)
-        if _is_gone(pagemap_fd, lowest):
-            raise address_space_gone()
+                        lo, found, count, pages, most = at, [], 0, 0, self._next_step(most)
+        _check_there(pagemap_fd, lowest)
         if lo < hi:
             yield Window(lo, hi, clip_to(np.concatenate(found), wanted))
+
+    def _first_step(self, wanted: _Pages) -> int:
+        """How many pages to scan at first."""
+        if not self.in_steps:
+            return _ALL_PAGES
+        return _FIRST_SCAN_PAGES if wanted.count > _FEW_PAGES else _FEW_PAGES
+
+    def _next_step(self, pages: int) -> int:
+        """How many pages to scan after a step of so many."""
+        return min(4 * pages, _SCAN_PAGES) if self.in_steps else _ALL_PAGES
 
     def _steps(
         self, fd: int, start: int, end: int, masks: _Masks, pages: _Pages, buffers: NDArray[np.uint64]
@@ -165,7 +186,7 @@ class ScanReader:
         :param buffers: shape (2, m, 3): for the regions of the two.
         :returns: the regions of each step, and where it ended.
         """
-        most, wide = pages.first_step, 1
+        most, wide = self._first_step(pages), 1
         while start < end:
             middle, stop = pages.halves(start, end, wide * most)
             if middle is None:
@@ -185,7 +206,7 @@ class ScanReader:
                 if walked < middle:
                     yield from self._steps(fd, walked, middle, masks, pages, buffers)
                 yield more, start
-            most = min(4 * most, _SCAN_PAGES)
+            most = self._next_step(most)
 
     def _stretches(self, vmas: VmaTable, wanted: Runs) -> list[tuple[int, int, _Masks]]:
         """Cut the address space, from the first to the last wanted VMA, into what is scanned in one go.
@@ -237,7 +258,8 @@ class ScanReader:
         """The ioctl; tried again when it was interrupted, unless it may have write-protected something by then."""
         while True:
             try:
-                return pagemap_scan(fd, start, end, vec, flags=self.flags, max_pages=most, **masks._asdict())
+                limit = most if self.in_steps else 0
+                return pagemap_scan(fd, start, end, vec, flags=self.flags, max_pages=limit, **masks._asdict())
             except OSError as e:
                 if e.errno == errno.ESRCH:
                     raise address_space_gone() from None
