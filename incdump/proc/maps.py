@@ -61,6 +61,8 @@ _SPECIAL = {
     "[uprobes]": VmaKind.UPROBES,
 }
 
+_PARASITE = b" /memfd:CRIUMFD (deleted)"
+
 _NIBBLE = np.zeros(256, np.uint8)
 _NIBBLE[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 
@@ -105,14 +107,23 @@ def reread_vmas(pid: int, before: KnownVmas | None) -> VmaTable:
 
     :param before: of a moment ago. If maps shows the same mappings ``before.vmas`` is returned: flags that were changed
         since without touching any bound (an madvise of a whole mapping) are then those of before. But droppable
-        mappings are not told from others in maps: with one of these, all is read again.
+        mappings are not told from others in maps: with one of these, all is read again. What CRIU maps into a process
+        that it dumps is no part of it, and is passed over.
     :raises TargetError: as `read_vmas`.
     """
     if before is not None:
-        text = _read_text(pid, "maps")
+        text = _without_parasite(_read_text(pid, "maps"), before.text)
         if text == before.text or _shows(text, before.vmas):
             return before.vmas
     return read_vmas(pid, flags=True)
+
+
+def _without_parasite(text: bytes, before: bytes) -> bytes:
+    """The text of maps without what CRIU has mapped since, which it takes away again before it lets the process go."""
+    if _PARASITE not in text:
+        return text
+    there = set(before.splitlines(keepends=True))
+    return b"".join(line for line in text.splitlines(keepends=True) if _PARASITE not in line or line in there)
 
 
 def _shows(text: bytes, vmas: VmaTable) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,7 +14,10 @@ from hypothesis import strategies as st
 
 from incdump.errors import NoSuchTarget
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
-from incdump.proc.maps import parse_maps, parse_smaps, read_vmas, shmem_dev
+from incdump.proc.maps import parse_maps, parse_smaps, read_known_vmas, read_vmas, reread_vmas, shmem_dev
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 SHMEM_DEV = 1
 
@@ -207,3 +213,57 @@ def test_a_process_that_is_not_there_is_an_error() -> None:
     with pytest.raises(NoSuchTarget) as caught:
         read_vmas(0x7FFFFFFF, flags=False)
     assert caught.value.pid == 0x7FFFFFFF
+
+
+MAPPER = """
+import mmap, os, sys
+kept = []
+for line in sys.stdin.buffer:
+    if line == b"parasite\\n":
+        fd = os.memfd_create("CRIUMFD")
+        os.truncate(fd, 8192)
+        kept.append(mmap.mmap(fd, 8192))
+    elif line == b"anon\\n":
+        kept.append(mmap.mmap(-1, 8192, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    os.write(1, b".")
+"""
+
+
+@pytest.fixture
+def mapper() -> Iterator[Callable[[str], int]]:
+    """A process that maps what it is told to; calling this returns its pid."""
+    with subprocess.Popen([sys.executable, "-c", MAPPER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def tell(what: str) -> int:
+            process.stdin.write(f"{what}\n".encode())  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+            assert os.read(process.stdout.fileno(), 1) == b"."  # type: ignore[union-attr]
+            return process.pid
+
+        for _ in range(3):
+            tell("nothing")
+        yield tell
+        process.kill()
+
+
+def test_mappings_that_are_the_same_are_not_read_again(mapper: Callable[[str], int]) -> None:
+    known = read_known_vmas(mapper("nothing"))
+    assert reread_vmas(mapper("nothing"), known) is known.vmas
+    again = reread_vmas(mapper("anon"), known)
+    assert again is not known.vmas
+    assert again.has_flags
+    assert len(again) >= len(known.vmas)
+
+
+def test_what_criu_maps_into_a_process_is_no_change(mapper: Callable[[str], int]) -> None:
+    known = read_known_vmas(mapper("nothing"))
+    assert reread_vmas(mapper("parasite"), known) is known.vmas
+    assert reread_vmas(mapper("anon"), known) is not known.vmas
+
+
+def test_what_an_earlier_criu_has_left_behind_belongs_to_the_process(mapper: Callable[[str], int]) -> None:
+    known = read_known_vmas(mapper("parasite"))
+    assert "/memfd:CRIUMFD (deleted)" in known.vmas.names
+    assert reread_vmas(mapper("parasite"), known) is known.vmas
