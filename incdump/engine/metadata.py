@@ -26,7 +26,7 @@ from incdump.images.mm import encode_mm
 from incdump.images.pstree import encode_pstree
 from incdump.model.regions import PageIs
 from incdump.model.runs import canonical, empty_runs
-from incdump.proc.maps import read_known_vmas, read_vmas, reread_vmas
+from incdump.proc.maps import learn_flags, read_known_vmas, read_vmas, reread_vmas
 from incdump.proc.mm_info import read_mm_info
 from incdump.proc.shmem import find_segments
 from incdump.proc.task_core import read_task_core
@@ -123,7 +123,8 @@ class Metadata:
         images.write_raw("pstree.img", encode_pstree(self._tasks))
         for s in self._snapshots:
             images.write_raw(f"core-{s.task.vpid}.img", encode_core(s.core))
-            images.write_raw(f"mm-{s.task.vpid}.img", encode_mm(s.info, s.vmas, s.files, s.guards))
+            vmas = learn_flags(s.task.pid, s.vmas)
+            images.write_raw(f"mm-{s.task.vpid}.img", encode_mm(s.info, vmas, s.files, s.guards))
         images.write_raw("files.img", self._files.encode_files())
         images.write_raw("memfd.img", self._files.encode_memfds())
 

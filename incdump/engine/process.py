@@ -21,8 +21,8 @@ from incdump.engine.watch import ParentImages, Watch
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
-from incdump.model.vmas import Prot, VmaKind
-from incdump.proc.maps import reread_vmas
+from incdump.model.vmas import Prot, VmaFlag, VmaKind
+from incdump.proc.maps import read_vmas, reread_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.mm_info import anonymous_pages
 from incdump.tracking import content
@@ -179,8 +179,7 @@ class ProcessDump:
         yield from self._scan() if self._collected is None else self._collected
 
     def _scan(self) -> Iterator[Window]:
-        vmas = reread_vmas(self.task.pid, self.ahead.known if self.ahead is not None else None)
-        watched, anew = self._watch.begin(vmas)
+        vmas, watched, anew = self._begin()
         self.vmas, self._rule = vmas, rules(vmas)
         if anew and self.incremental:
             self.incremental = False
@@ -196,6 +195,17 @@ class ProcessDump:
             if scratch is not None:
                 regions = self._compare(Window(window.lo, window.hi, regions), vmas, scratch)
             yield Window(window.lo, window.hi, regions)
+
+    def _begin(self) -> tuple[VmaTable, NDArray[np.bool_], bool]:
+        """The mappings, which of them are watched, and whether the watch begins only now."""
+        known = self.ahead.known if self.ahead is not None else None
+        vmas = reread_vmas(self.task.pid, known, may_guess=self._watch.finds_out)
+        watched, anew = self._watch.begin(vmas)
+        if ((vmas.flags & np.uint64(VmaFlag.GUESSED)) != 0)[~watched].any():
+            vmas = read_vmas(self.task.pid, flags=True)
+            watched, once_more = self._watch.begin(vmas)
+            anew |= once_more
+        return vmas, watched, anew
 
     def _timed(self, windows: Iterator[Window]) -> Iterator[Window]:
         """The same windows; the time that reading them takes is counted as scan_time."""

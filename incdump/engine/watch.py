@@ -22,7 +22,7 @@ from incdump.errors import (
     TargetUnsuitable,
 )
 from incdump.model.vmas import VmaKind
-from incdump.proc.identity import read_stat
+from incdump.proc.identity import is_exiting, read_stat
 from incdump.proc.pinned import pinned_io
 from incdump.proc.sharing import shares_address_space
 from incdump.tracking import content, soft_dirty, uffd_wp
@@ -72,6 +72,7 @@ class Watch:
         self._round: uffd_wp.UffdWpRound | None = None
         self._untrusted = means.tracker == content.NAME
         self._suspect: str | None = None
+        self._mappings: tuple[str, ...] = ()
         self._frozen = False
 
     def open(self) -> None:
@@ -156,6 +157,11 @@ class Watch:
         assert self._lease is not None
         return parent.tracker == uffd_wp.NAME and parent.generation == self._lease.generation is not None
 
+    @property
+    def finds_out(self) -> bool:
+        """Whether `begin` leaves out mappings that should not be watched even if their flags do not say so."""
+        return self._round is not None
+
     def begin(self, vmas: VmaTable) -> tuple[NDArray[np.bool_], bool]:
         """Put the mappings under watch.
 
@@ -163,6 +169,7 @@ class Watch:
         :returns: for each of them whether it is watched, shape (n,); and whether the watch begins only now because the
             process has called execve(2).
         """
+        self._mappings = vmas.names
         unwatched = np.zeros(len(vmas), bool)
         if self._untrusted:
             return unwatched, False
@@ -171,13 +178,25 @@ class Watch:
         try:
             return self._round.register(vmas), False
         except uffd_wp.AddressSpaceGone:
+            if is_exiting(self.task.pid):  # rather than that it has called execve(2)
+                raise TargetExited(f"process {self.task.pid} exited", pid=self.task.pid) from None
             self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
+        watched = self._begin_anew(vmas)
+        return unwatched if watched is None else watched, True
+
+    def _begin_anew(self, vmas: VmaTable) -> NDArray[np.bool_] | None:
+        """Watch another address space than the one that was tracked so far; None if that cannot be."""
         self._drop_lease()
         if self._frozen:
             self._untrusted = True
         else:
             self._entrust(renew=True)
-        return unwatched if self._round is None else self._round.register(vmas), True
+        try:
+            return None if self._round is None else self._round.register(vmas)
+        except uffd_wp.AddressSpaceGone:  # once more, or it has exited
+            self._drop_lease()
+            self._untrusted = True
+            return None
 
     def count_written(self, vmas: VmaTable) -> int:
         """About how many pages were written so far, where that is quick to find out; else 0. Nothing is cleared.
@@ -217,7 +236,7 @@ class Watch:
     def _look_for_pinned_io(self) -> None:
         if self._untrusted or self._suspect is not None:
             return
-        self._suspect = pinned_io(self.task.pid)
+        self._suspect = pinned_io(self.task.pid, self._mappings)
         if self._suspect is not None:
             self._means.warn(f"process {self.task.pid} {self._suspect}: its next dump will be full")
 

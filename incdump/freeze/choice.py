@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 from incdump._uapi.arch import ARCH
 from incdump.errors import InjectionFailed, TargetDenied, TargetUnsuitable
-from incdump.proc.identity import PF_KTHREAD, Stat, no_such_target, parse_stat, read_proc, read_stat
+from incdump.proc.identity import PF_EXITING, PF_KTHREAD, Stat, no_such_target, parse_stat, read_proc, read_stat
 
-PF_EXITING = 0x00000004
 PF_IO_WORKER = 0x00000010
 PF_USER_WORKER = 0x00004000
 _NEVER_IN_USER_MODE = PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER | PF_EXITING

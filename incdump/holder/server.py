@@ -25,13 +25,16 @@ import struct
 import sys
 import traceback
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from incdump._uapi import userfaultfd as uapi
 from incdump.errors import IncdumpError
 from incdump.freeze.inject import inject_userfaultfd
 from incdump.holder import wire
 from incdump.proc.identity import identify, open_pidfd
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LINGER = 5.0
 """Seconds without target and client after which the holder ends."""
@@ -68,13 +71,24 @@ def make_tracking_uffd(pid: int) -> tuple[int, int]:
     :returns: the descriptor, and the microseconds for which one thread of the target was stopped.
     :raises incdump.errors.TargetError: the target does not allow it.
     """
-    uffd, stopped = inject_userfaultfd(pid, uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with _signals_wait():
+        uffd, stopped = inject_userfaultfd(pid, uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         uapi.api(uffd, uapi.FEATURE_WP_ASYNC | uapi.FEATURE_WP_UNPOPULATED)
     except OSError:
         os.close(uffd)
         raise
     return uffd, stopped
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that would end this process come later: a register of the target may be altered meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Holder:

@@ -70,6 +70,8 @@ class VmaFlag(IntFlag):
     SHADOW_STACK = 1 << 19  # ss
     DROPPABLE = 1 << 20  # dp
     MIXEDMAP = 1 << 21  # mm
+    GUESSED = 1 << 63
+    """Not the kernel's: the other bits are those of the mapping that was there before."""
 
 
 class Prot(IntFlag):

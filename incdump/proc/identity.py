@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
+PF_EXITING = 0x00000004
+"""Another one: its memory is going, or gone."""
 PF_FORKNOEXEC = 0x00000040
 """Another one: it was forked, and has not called exec since."""
 
@@ -141,6 +143,15 @@ def is_same(identity: Identity) -> bool:
     except ProcessLookupError:
         return False
     return not stat.is_dead and stat.start_time == identity.start_time and boot_id() == identity.boot_id
+
+
+def is_exiting(pid: int) -> bool:
+    """Whether a process is gone, a zombie, or on its way there."""
+    try:
+        stat = read_stat(pid)
+    except ProcessLookupError:
+        return True
+    return stat.is_dead or bool(stat.flags & PF_EXITING)
 
 
 def open_pidfd(pid: int) -> int:

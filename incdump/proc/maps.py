@@ -13,13 +13,14 @@ columns become numbers without a Python object for each.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from incdump.errors import NoSuchTarget, TargetDenied, TargetExited
+from incdump.errors import NoSuchTarget, TargetDenied, TargetError, TargetExited
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
 from incdump.proc.identity import leaderless, stays_leaderless
 
@@ -99,7 +100,7 @@ def read_known_vmas(pid: int) -> KnownVmas:
     return KnownVmas(vmas, text if _shows(text, vmas) else b"")
 
 
-def reread_vmas(pid: int, before: KnownVmas | None) -> VmaTable:
+def reread_vmas(pid: int, before: KnownVmas | None, *, may_guess: bool = False) -> VmaTable:
     """Read the mappings again, with flags, at the price of reading maps where they are the same.
 
     smaps walks the page tables, some 20 ms a GiB, which is long for a process that is kept stopped meanwhile; and to
@@ -109,13 +110,64 @@ def reread_vmas(pid: int, before: KnownVmas | None) -> VmaTable:
         since without touching any bound (an madvise of a whole mapping) are then those of before. But droppable
         mappings are not told from others in maps: with one of these, all is read again. What CRIU maps into a process
         that it dumps is no part of it, and is passed over.
+    :param may_guess: whether new or changed mappings of anonymous memory may be given the flags of the one that was
+        there before, or none: they then have `VmaFlag.GUESSED`, and may be droppable, or watched by somebody else's
+        userfaultfd.
     :raises TargetError: as `read_vmas`.
     """
     if before is not None:
         text = _without_parasite(_read_text(pid, "maps"), before.text)
         if text == before.text or _shows(text, before.vmas):
             return before.vmas
+        if may_guess and not _has_droppable(before.vmas):
+            guessed = _with_flags_of(before.vmas, parse_maps(text, shmem_dev=shmem_dev()))
+            if guessed is not None:
+                return guessed
     return read_vmas(pid, flags=True)
+
+
+def learn_flags(pid: int, vmas: VmaTable) -> VmaTable:
+    """Read the flags that were guessed; a mapping that is another one by now, or gone, keeps the guess.
+
+    :returns: the same mappings, none with `VmaFlag.GUESSED`.
+    """
+    guessed = (vmas.flags & np.uint64(VmaFlag.GUESSED)) != 0
+    if not guessed.any():
+        return vmas
+    flags = vmas.flags & ~np.uint64(VmaFlag.GUESSED)
+    with suppress(TargetError):
+        now = read_vmas(pid, flags=True)
+        at, same = _in(now, vmas)
+        flags = np.where(guessed & same, now.flags[at], flags)
+    return replace(vmas, flags=flags)
+
+
+def _with_flags_of(before: VmaTable, shown: VmaTable) -> VmaTable | None:
+    """Mappings read without flags, with those of before; None if one is new that may be anything."""
+    if not len(before):
+        return None
+    at, same = _in(before, shown)
+    if (shown.kind[~same] != VmaKind.ANON).any():
+        return None
+    inherits = same | ((before.at(shown.start) >= 0) & (before.kind[at] == VmaKind.ANON))
+    flags = np.where(inherits, before.flags[at], np.uint64(0))
+    flags[~same] |= np.uint64(VmaFlag.GUESSED)
+    return replace(shown, flags=flags, kind=np.where(same, before.kind[at], shown.kind), has_flags=True)
+
+
+def _in(table: VmaTable, vmas: VmaTable) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Where in a table, not empty, the mapping is that holds the start of each of these; and whether it is the same."""
+    at = table.at(vmas.start)
+    same = at >= 0
+    at = np.maximum(at, 0)
+    for column in ("start", "end", "prot", "shared", "pgoff", "dev", "inode"):
+        same &= getattr(table, column)[at] == getattr(vmas, column)
+    same[same] = [table.names[i] == vmas.names[j] for i, j in zip(at[same], np.flatnonzero(same), strict=True)]
+    return at, same
+
+
+def _has_droppable(vmas: VmaTable) -> bool:
+    return bool((vmas.flags & np.uint64(VmaFlag.DROPPABLE)).any())
 
 
 def _without_parasite(text: bytes, before: bytes) -> bytes:
@@ -128,7 +180,7 @@ def _without_parasite(text: bytes, before: bytes) -> bytes:
 
 def _shows(text: bytes, vmas: VmaTable) -> bool:
     """Whether maps shows just these mappings, none of which could be another kind of mapping by now."""
-    if (vmas.flags & np.uint64(VmaFlag.DROPPABLE)).any():
+    if _has_droppable(vmas):
         return False
     shown = parse_maps(text, shmem_dev=shmem_dev())
     columns = ("start", "end", "prot", "shared", "pgoff", "dev", "inode")

@@ -9,44 +9,83 @@ and from drivers that map user memory for their device (RDMA, VFIO, GPUs).
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-_DEVICES = ("/dev/infiniband/", "/dev/vfio/", "/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/habanalabs", "/dev/accel/")
+from incdump._uapi.arch import ARCH
+from incdump._uapi.libc import syscall
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_DEVICES = (
+    *("/dev/infiniband/", "/dev/vfio/", "/dev/nvidia", "/dev/kfd", "/dev/dri/", "/dev/habanalabs", "/dev/accel/"),
+    "/dev/video",  # V4L2 takes buffers in user memory
+)
 _IO_URING = "anon_inode:[io_uring]"
+_KCMP_FILES = 2
 
 
-def pinned_io(pid: int) -> str | None:
+def pinned_io(pid: int, mappings: Collection[str] | None = None) -> str | None:
     """Why the pages of a process might be written to unseen, or None.
 
-    Costs a readlink(2) for each open descriptor, and a read of fdinfo for each that is a file.
+    Costs a readlink(2) for each open descriptor, a read of fdinfo for each that is a file, and a read of maps: a ring
+    of io_uring may be registered for use without its descriptor, which is then closed; what is left is its mapping.
 
+    :param mappings: the names of its mappings, if they were read a moment ago.
     :returns: one clause for a person, for example ``"has a file open with O_DIRECT: /data/ibd"``. A process whose
         descriptors cannot be listed gets one too; one that is gone gets None.
     """
-    directory = f"/proc/{pid}/fd"
     try:
-        names = os.listdir(directory)
+        for task in (str(pid), *_with_other_descriptors(pid)):
+            reason = _by_descriptors(f"/proc/{pid}/task/{task}")
+            if reason is not None:
+                return reason
+        if mappings is None:
+            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+                mappings = {line.rstrip("\n").rpartition(" ")[2] for line in maps}
+        return "uses io_uring" if _IO_URING in mappings else None
     except (FileNotFoundError, ProcessLookupError):
         return None
     except OSError:
         return "has descriptors that cannot be looked at"
-    for name in names:
+
+
+def _with_other_descriptors(pid: int) -> list[str]:
+    """The threads whose descriptors are not those of the main thread (unshare(2), clone(2) without CLONE_FILES).
+
+    Where the kernel has no kcmp(2), or refuses it, that is every thread.
+    """
+    threads = [task for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid]
+    return [task for task in threads if not _same_descriptors(pid, int(task))]
+
+
+def _same_descriptors(pid: int, tid: int) -> bool:
+    try:
+        return syscall(ARCH.sys_kcmp, pid, tid, _KCMP_FILES, 0, 0) == 0
+    except OSError:
+        return False
+
+
+def _by_descriptors(directory: str) -> str | None:
+    for name in os.listdir(f"{directory}/fd"):
         try:
-            path = os.readlink(f"{directory}/{name}")
+            path = os.readlink(f"{directory}/fd/{name}")
         except OSError:
             continue
         if path == _IO_URING:
             return "uses io_uring"
         if path.startswith(_DEVICES):
             return f"has a device open that writes to memory by itself: {path}"
-        if path[0] == "/" and not path.startswith(("/dev/pts/", "/dev/null", "/memfd:")) and _reads_direct(pid, name):
+        is_file = path[0] == "/" and not path.startswith(("/dev/pts/", "/dev/null", "/memfd:"))
+        if is_file and _reads_direct(f"{directory}/fdinfo/{name}"):
             return f"has a file open with O_DIRECT: {path}"
     return None
 
 
-def _reads_direct(pid: int, fd: str) -> bool:
+def _reads_direct(fdinfo: str) -> bool:
     """Whether a descriptor is open for reading with O_DIRECT (the flags line of fdinfo is octal)."""
     try:
-        with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="replace") as file:
+        with open(fdinfo, encoding="ascii", errors="replace") as file:
             for line in file:
                 if line.startswith("flags:"):
                     flags = int(line.split()[1], 8)

@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,6 +234,38 @@ async def test_sigterm_ends_it(odd: Odd, images_root: Path) -> None:
         os.close(pidfd)
     result = await incdump.predump(odd.pid, images_root / "2", parent="../1")
     assert not result.incremental
+
+
+TERMINATED = """
+import os, random, signal, subprocess, sys, time
+from incdump.holder.server import make_tracking_uffd
+
+def spawn():
+    busy = subprocess.Popen([sys.executable, "-c", "print(flush=True)\\nwhile True: pass"], stdout=subprocess.PIPE)
+    busy.stdout.readline()
+    return busy
+
+target, random = spawn(), random.Random(1)
+for turn in range(150):
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as the holder does
+        make_tracking_uffd(target.pid)
+        os._exit(0)
+    time.sleep(random.uniform(0.0003, 0.004))
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    if target.poll() is not None:
+        sys.exit(f"turn {turn}: the target died of signal {-target.returncode}")
+target.kill()
+"""
+
+
+@pytest.mark.timeout(120)
+async def test_sigterm_while_it_starts_tracking_harms_no_target() -> None:
+    """A register of the target is altered then."""
+    done = subprocess.run([sys.executable, "-c", TERMINATED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 async def test_it_has_nothing_of_whoever_started_it(odd: Odd, images_root: Path) -> None:

@@ -17,8 +17,13 @@ import numpy as np
 import pytest
 
 import incdump
+from incdump.engine.watch import Watch
 from incdump.errors import InjectionFailed, ParentMismatch, TrackerLost
+from incdump.images.mm import decode_mm
 from incdump.model.options import DumpOptions
+from incdump.model.vmas import VmaFlag
+from incdump.proc.identity import is_exiting
+from incdump.proc.maps import read_vmas
 from tests import oracle
 from tests.kernel.support import (
     Chain,
@@ -249,6 +254,32 @@ async def test_children_come_and_go(odd: Odd, images_root: Path) -> None:
     assert not (Path(chain.last.images_dir) / f"pagemap-{one}.img").exists()
 
 
+@pytest.mark.parametrize("kind", ["pre-dump", "dump"])
+async def test_a_child_that_exits_when_it_is_its_turn_is_just_gone(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its parent has not heard of it yet: what is left of it has no address space any more."""
+    chain = Chain(odd, images_root, DumpOptions(require_incremental=True))
+    (child,) = odd.do("fork")
+    await chain.predump()
+    begin = Watch.begin
+
+    def die_first(watch: Watch, vmas: Any) -> Any:
+        if watch.task.pid == child:
+            os.kill(child, signal.SIGKILL)
+            until(lambda: is_exiting(child))
+        return begin(watch, vmas)
+
+    monkeypatch.setattr(Watch, "begin", die_first)
+    await (chain.predump() if kind == "pre-dump" else chain.dump())
+    monkeypatch.undo()
+    assert chain.last.exited == [child]
+    assert chain.last.pids == [odd.pid]
+    assert not told(chain)
+    odd.do(f"reap {child}")
+    await chain.prove()
+
+
 @pytest.mark.parametrize("reader", READERS)
 async def test_processes_that_share_their_memory(odd: Odd, images_root: Path, reader: str) -> None:
     """Two processes, one address space: what one's scan clears must not count as unwritten for the other."""
@@ -339,10 +370,15 @@ async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> No
 
 
 @pytest.mark.parametrize("tracker", ["auto", "content"])
-async def test_io_uring_fixed_buffers_are_compared_by_content(odd: Odd, images_root: Path, tracker: str) -> None:
+@pytest.mark.parametrize("hidden", [False, True])
+async def test_io_uring_fixed_buffers_are_compared_by_content(
+    odd: Odd, images_root: Path, tracker: str, hidden: bool
+) -> None:
     (address, _), (file,) = odd.do("anon 64"), odd.do("direct 64")
     odd.do(f"fill {address} 64 1")
     odd.do(f"uring {address} 64")
+    if hidden:  # the ring is in use, and there is no descriptor of it
+        odd.do("hide")
     odd.do(f"close {file}")
     (plain, fd) = odd.do("file 64")
     chain = Chain(odd, images_root, DumpOptions(tracker=tracker))  # type: ignore[arg-type]
@@ -647,6 +683,37 @@ async def test_memory_that_changes_during_a_round_is_right_by_the_next(
     await chain.predump()
     report = same_when_stopped(odd, chain.last.images_dir)
     assert report.ok, report
+    await chain.prove()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_mappings_that_change_just_before_the_freeze_are_dumped_as_they_are_then(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Their flags were read before it."""
+    (address, _) = odd.do("anon 96")
+    odd.do(f"unmap {address + 64 * PAGE} 32")
+    odd.do(f"fill {address} 64 1")
+    odd.do(f"advise {address} 64 {MADV_HUGEPAGE}")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    places = {"a": address, "mid": address + 24 * PAGE, "end": address + 64 * PAGE}
+
+    def act() -> None:
+        for text in CHANGES[change]:
+            odd.do(text.format(**places))
+
+    with monkeypatch.context() as patch:
+        between = Between(patch, "incdump.engine.process.ProcessDump.make_room", act)
+        await chain.prove()
+        assert between.times
+    images = Path(chain.last.images_dir)
+    vmas = read_vmas(odd.pid, flags=True)
+    entry = decode_mm((images / f"mm-{odd.pid}.img").read_bytes(), images)
+    advised = {vma.start: vma.madv & 1 << MADV_HUGEPAGE for vma in entry.vmas}
+    expected = (vmas.flags & np.uint64(VmaFlag.HUGEPAGE)) != 0
+    if change != "moves":  # then a mapping is another one by now, which looks the same in maps
+        assert [bool(advised.get(start)) for start in vmas.start.tolist()] == expected.tolist()
     await chain.prove()
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from incdump.errors import NoSuchTarget
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
-from incdump.proc.maps import parse_maps, parse_smaps, read_known_vmas, read_vmas, reread_vmas, shmem_dev
+from incdump.proc.maps import learn_flags, parse_maps, parse_smaps, read_known_vmas, read_vmas, reread_vmas, shmem_dev
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,6 +227,9 @@ for line in sys.stdin.buffer:
         kept.append(mmap.mmap(fd, 8192))
     elif line == b"anon\\n":
         kept.append(mmap.mmap(-1, 8192, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    elif line == b"file\\n":
+        with open(sys.executable, "rb") as file:
+            kept.append(mmap.mmap(file.fileno(), 8192, access=mmap.ACCESS_COPY))
     os.write(1, b".")
 """
 
@@ -255,6 +260,36 @@ def test_mappings_that_are_the_same_are_not_read_again(mapper: Callable[[str], i
     assert again is not known.vmas
     assert again.has_flags
     assert len(again) >= len(known.vmas)
+
+
+def test_flags_of_new_anonymous_mappings_may_be_guessed(mapper: Callable[[str], int]) -> None:
+    pid = mapper("nothing")
+    known = read_known_vmas(pid)
+    guess = reread_vmas(mapper("anon"), known, may_guess=True)
+    truth = read_vmas(pid, flags=True)
+    guessed = (guess.flags & np.uint64(VmaFlag.GUESSED)) != 0
+    assert 1 <= guessed.sum() <= 3
+    assert guess.names == truth.names
+    for column in ("start", "end", "prot", "shared", "pgoff", "dev", "inode", "kind"):
+        assert np.array_equal(getattr(guess, column), getattr(truth, column))
+    assert np.array_equal(guess.flags[~guessed], truth.flags[~guessed])
+    assert np.array_equal(learn_flags(pid, guess).flags, truth.flags)
+
+
+def test_flags_of_other_new_mappings_are_read(mapper: Callable[[str], int]) -> None:
+    known = read_known_vmas(mapper("nothing"))
+    again = reread_vmas(mapper("file"), known, may_guess=True)
+    assert again is not known.vmas
+    assert not (again.flags & np.uint64(VmaFlag.GUESSED)).any()
+
+
+def test_flags_that_were_guessed_of_a_process_that_is_gone_stay_as_they_are(mapper: Callable[[str], int]) -> None:
+    pid = mapper("nothing")
+    known = read_known_vmas(pid)
+    guess = reread_vmas(mapper("anon"), known, may_guess=True)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert np.array_equal(learn_flags(pid, guess).flags, guess.flags & ~np.uint64(VmaFlag.GUESSED))
 
 
 def test_what_criu_maps_into_a_process_is_no_change(mapper: Callable[[str], int]) -> None:

@@ -160,6 +160,7 @@ static struct {
 	unsigned *tail, *mask, *array, *cq_head, *cq_tail;
 	struct io_uring_sqe *sqes;
 	int fd;
+	unsigned enter;
 } ring;
 
 static void make_uring(ul address, ul pages)
@@ -193,6 +194,24 @@ static void make_uring(ul address, ul pages)
 		ok("%d", ring.fd);
 }
 
+/* From here on the ring has no descriptor, as after io_uring_register_ring_fd(3) and io_uring_close_ring_fd(3). */
+static void hide_uring(void)
+{
+	struct {
+		uint32_t offset, reserved;
+		uint64_t data;
+	} update = {-1U, 0, (uint64_t)ring.fd};
+
+	if (syscall(SYS_io_uring_register, ring.fd, 20 /* IORING_REGISTER_RING_FDS */, &update, 1) != 1) {
+		no("IORING_REGISTER_RING_FDS");
+		return;
+	}
+	close(ring.fd);
+	ring.fd = (int)update.offset;
+	ring.enter = 1 << 4; /* IORING_ENTER_REGISTERED_RING */
+	ok("");
+}
+
 static void read_fixed(int fd, ul address, ul pages)
 {
 	unsigned at = *ring.tail & *ring.mask;
@@ -205,7 +224,7 @@ static void read_fixed(int fd, ul address, ul pages)
 	s->len = (unsigned)(pages * PAGE);
 	ring.array[at] = at;
 	__atomic_store_n(ring.tail, *ring.tail + 1, __ATOMIC_RELEASE);
-	if (syscall(SYS_io_uring_enter, ring.fd, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0) != 1)
+	if (syscall(SYS_io_uring_enter, ring.fd, 1, 1, IORING_ENTER_GETEVENTS | ring.enter, NULL, 0) != 1)
 		no("io_uring_enter");
 	else
 		ok("");
@@ -390,6 +409,8 @@ static void obey(char *line)
 		make_aio();
 	else if (!strcmp(name, "uring"))
 		make_uring(n[1], n[2]);
+	else if (!strcmp(name, "hide"))
+		hide_uring();
 	else if (!strcmp(name, "fixed"))
 		read_fixed((int)n[1], n[2], n[3]);
 	else if (!strcmp(name, "uffd"))
