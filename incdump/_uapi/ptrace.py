@@ -158,7 +158,8 @@ def is_stopped(tid: int, info: SigInfo) -> bool:
 def take_notification(tid: int) -> None:
     """Take the notification of a thread's stop, if there is one, lest somebody else in this process gets it.
 
-    Popen.poll() would take it for the end of the child.
+    Popen.poll() would take it for the end of the child. Not in a signal-delivery-stop: with the notification the signal
+    would be gone if this process died now; else the kernel passes it on then.
     """
     _waitid(_P_PID, tid, None, _WSTOPPED | _WNOHANG | _WALL)
 

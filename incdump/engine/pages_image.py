@@ -107,10 +107,11 @@ class PagesImage:
         source: PageSource,
         buffer: NDArray[np.uint8],
         hashes: tuple[HashCollector, Runs] | None,
-    ) -> None:
+    ) -> Runs:
         """Copy one chunk; called from several threads.
 
         :param hashes: where to note the hashes of what was written, and for which pages; or None.
+        :returns: the pages that could not be read: they will not be in the image.
         :raises incdump.errors.ImagesIOError: the image cannot be written.
         """
         failed = write_chunk(self._fd, chunk, source, buffer, self._path)
@@ -118,6 +119,7 @@ class PagesImage:
             self._failed.append(failed)
         if hashes is not None:
             _note_hashes(chunk, buffer, *hashes)
+        return failed
 
     def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:
         """Copy those pages of some address ranges that are in the image once more, each to its place. Blocks.

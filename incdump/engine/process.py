@@ -100,6 +100,7 @@ class ProcessDump:
         self._hashed_spans: Runs = empty_runs()
         self._collected: list[Window] | None = None
         self._compared = 0
+        self._stands_still = False
         self._counted = np.zeros(4, np.int64)
 
     def __repr__(self) -> str:
@@ -152,6 +153,7 @@ class ProcessDump:
         :param until_read: whether it stays frozen until all of it was read.
         """
         known, self.prepared = self.prepared, True
+        self._stands_still = until_read
         self.task = self._watch.task = task
         if self._memory is not None:
             self._memory.close()
@@ -246,11 +248,16 @@ class ProcessDump:
         return self._image.append(classified.entries)
 
     def write(self, chunk: Chunk, buffer: NDArray[np.uint8]) -> None:
-        """See `incdump.engine.pipeline.PageOwner`."""
+        """See `incdump.engine.pipeline.PageOwner`.
+
+        :raises TargetDenied: the process stands still, and a page that is there cannot be read.
+        """
         assert self._image is not None
         assert self._memory is not None
         hashes = (self._hashes, self._hashed_spans) if len(self._hashed_spans) else None
-        self._image.write(chunk, self._memory, buffer, hashes)
+        failed = self._image.write(chunk, self._memory, buffer, hashes)
+        if len(failed) and self._stands_still:
+            self._watch.check_absent(failed)
 
     def count(self, classified: Classified, stats: DumpStats) -> None:
         """See `incdump.engine.pipeline.PageOwner`."""

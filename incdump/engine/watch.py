@@ -21,8 +21,11 @@ from incdump.errors import (
     TargetExited,
     TargetUnsuitable,
 )
+from incdump.model.runs import page_addresses
 from incdump.model.vmas import VmaKind
 from incdump.proc.identity import is_exiting, read_stat
+from incdump.proc.pagemap import pmes_at
+from incdump.proc.pagemap.pme import PME_PRESENT
 from incdump.proc.pinned import pinned_io
 from incdump.proc.sharing import shares_address_space
 from incdump.tracking import content, soft_dirty, uffd_wp
@@ -92,7 +95,7 @@ class Watch:
         self._frozen = True
         self._reopen()
         if self._lease is not None:
-            self._round = uffd_wp.UffdWpRound(self._lease.uffd, self._pagemap_fd)
+            self._round = uffd_wp.UffdWpRound(self.task.pid, self._lease.uffd, self._pagemap_fd)
         elif self._means.tracker == uffd_wp.NAME:
             self._untrusted = True
         elif self._means.tracker == soft_dirty.NAME:
@@ -135,7 +138,7 @@ class Watch:
 
     def _acquire(self, *, renew: bool) -> None:
         lease = self._means.keeper.acquire(self.task.pid, self.task.start_time, renew=renew)
-        self._lease, self._round = lease, uffd_wp.UffdWpRound(lease.uffd, self._pagemap_fd)
+        self._lease, self._round = lease, uffd_wp.UffdWpRound(self.task.pid, lease.uffd, self._pagemap_fd)
         self._means.stats.stopped_time += lease.stopped_us
         if not lease.started and not self._round.is_alive():
             self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
@@ -222,6 +225,23 @@ class Watch:
             self._log_soft_dirty(None)
             soft_dirty.reset(self.task.pid)
         self._look_for_pinned_io()
+
+    def check_absent(self, runs: Runs) -> None:
+        """Make sure that pages of a frozen process, which could not be read, are not there. Blocks.
+
+        :param runs: no more than a chunk of pages. Guard pages, and the markers of pages that are the file's again, may
+            be among them.
+        :raises incdump.errors.TargetDenied: one is.
+        """
+        there = page_addresses(runs)[pmes_at(self._pagemap_fd, runs) & np.uint64(PME_PRESENT) != 0]
+        if len(there):
+            pid, first = self.task.pid, int(there[0])
+            raise TargetDenied(
+                f"{len(there)} pages of process {pid} cannot be read, the first at {first:#x}, and would be missing: "
+                "does the kernel forbid it (proc_mem.force_override=)? See `incdump doctor`",
+                pid=pid,
+                vaddr=first,
+            )
 
     def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_], incremental: bool) -> Iterator[Window]:
         means = self._means

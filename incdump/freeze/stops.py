@@ -131,7 +131,8 @@ def wait_for_stop(tid: int, info: SigInfo, timeout: float, is_gone: Callable[[],
         if elapsed > SLOW and (elapsed > timeout or is_gone()):
             return False
         sleep(min(LONGEST_PAUSE, max(MISSED if sleep is _sleep_until_sigchld else FIRST_PAUSE, elapsed / 4)))
-    take_notification(tid)
+    if not held_signal(info):
+        take_notification(tid)
     return True
 
 

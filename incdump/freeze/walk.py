@@ -234,7 +234,8 @@ class TreeWalk:
             return False
         if not thread.is_stopped:
             self._spare_eintr(thread)
-            ptrace.take_notification(thread.tid)
+            if not held_signal(self._info) or self.processes[thread.pid].is_ours:
+                ptrace.take_notification(thread.tid)
         thread.is_stopped = True
         thread.in_vfork = False
         thread.held = held_signal(self._info)

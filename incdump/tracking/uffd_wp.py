@@ -20,7 +20,6 @@ when they are written to, so that nothing is missed by leaving them alone.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 from typing import TYPE_CHECKING
 
@@ -28,9 +27,11 @@ import numpy as np
 
 from incdump._uapi import userfaultfd as uapi
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
+from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_runs, page_count, subtract
 from incdump.model.vmas import VmaFlag, VmaKind
+from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import ScanReader
 from incdump.tracking.ledger import Ledger
 
@@ -48,6 +49,7 @@ NAME = "uffd-wp"
 _TRACKABLE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
 _NOT_OURS = PageIs.FILE | PageIs.PFNZERO | PageIs.GUARD
 _PROBE = 1 << 30  # any address will do: what is there, if anything, counts as written once more
+_MOST_TRIES = 16
 _MAX_GIVE_BACK = 1 << 14
 """More runs than this are given back in coarser spans: what is given back in excess is only written once more."""
 
@@ -60,7 +62,8 @@ class UffdWpRound:
     """One process's round with its userfaultfd. Its methods block; none is safe to run beside another of them,
     except `give_back`, which waits for a scan that is under way."""
 
-    def __init__(self, uffd: int, pagemap_fd: int) -> None:
+    def __init__(self, pid: int, uffd: int, pagemap_fd: int) -> None:
+        self._pid = pid
         self._uffd = uffd
         self._pagemap_fd = pagemap_fd
         self._foreign: Runs = empty_runs()
@@ -242,29 +245,37 @@ class UffdWpRound:
         """
         if runs is None:
             runs = self.ledger.close()
-        for lo, hi in subtract(_coarser(runs), self._foreign).tolist():
-            with contextlib.suppress(_Vanished):
-                self._unprotect(lo, hi)
+        left = self._unprotect_all(subtract(_coarser(runs), self._foreign))
+        # Part of what is left is mapped no more, or is not watched any more: the rest is given back mapping by mapping,
+        # until only whole mappings are left, which are not watched. New ones may come meanwhile.
+        for _ in range(_MOST_TRIES if len(left) else 0):
+            before, left = left, self._unprotect_all(_overlaps(left, self._mappings()))
+            if np.array_equal(left, before):
+                return
+        if len(left):
+            raise OSError(errno.EAGAIN, "its mappings change too fast to have pages count as written again")
 
-    def _unprotect(self, lo: int, hi: int) -> None:
+    def _unprotect_all(self, runs: Runs) -> Runs:
+        """Have runs count as written; returns those of which not all is watched."""
+        return np.array([run for run in runs.tolist() if not self._unprotect(*run)], np.uint64).reshape(-1, 2)
+
+    def _unprotect(self, lo: int, hi: int) -> bool:
+        """Have a range count as written; False if not all of it is watched, and perhaps none of it was changed."""
         try:
             uapi.writeprotect(self._uffd, lo, hi - lo, False)
         except OSError as error:
-            if error.errno == errno.ESRCH:
-                return
-            if error.errno != errno.ENOENT or hi - lo <= PAGE_SIZE:
-                if error.errno == errno.ENOENT:
-                    raise _Vanished from error
+            if error.errno == errno.ENOENT:
+                return False
+            if error.errno != errno.ESRCH:
                 raise
-            # Part of the span is mapped no more, or is not ours: halve it, so that what is left is not skipped.
-            middle = lo + ((hi - lo) >> 1 & ~(PAGE_SIZE - 1))
-            for part in ((lo, middle), (middle, hi)):
-                with contextlib.suppress(_Vanished):
-                    self._unprotect(*part)
+        return True
 
-
-class _Vanished(Exception):
-    """A single page is not mapped, or not watched, any more."""
+    def _mappings(self) -> Runs:
+        """Start and end of each mapping by now, neighbours apart; none if the process is gone."""
+        try:
+            return read_vmas(self._pid, flags=False).spans()
+        except (TargetExited, NoSuchTarget):
+            return empty_runs()
 
 
 def with_clean(window: Window, spans: Runs, written: Runs) -> Window:
@@ -293,6 +304,15 @@ def _stretches(eligible: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     edges = np.flatnonzero(np.diff(np.concatenate(([False], eligible, [False]))))
     for first, end in edges.reshape(-1, 2).tolist():
         yield first, end - 1
+
+
+def _overlaps(runs: Runs, spans: Runs) -> Runs:
+    """The pieces of runs that lie in each of some spans; both ascending and disjoint, spans that touch stay apart."""
+    first = spans[:, 1].searchsorted(runs[:, 0], "right")
+    count = np.maximum(spans[:, 0].searchsorted(runs[:, 1], "left") - first, 0)
+    run = np.repeat(np.arange(len(runs)), count)
+    span = spans[np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(run))]
+    return np.stack((np.maximum(runs[run, 0], span[:, 0]), np.minimum(runs[run, 1], span[:, 1])), axis=1)
 
 
 def _coarser(runs: Runs) -> Runs:

@@ -21,6 +21,7 @@ import anyio
 import pytest
 
 import incdump
+from incdump._uapi import userfaultfd
 from incdump.engine.dump import DumpRun
 from incdump.errors import ImagesIOError, IncdumpError
 from incdump.model.options import DumpOptions
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 
+PAGE = 4096
 CANCELLATIONS = {"uffd-wp": 55, "content": 20}
 
 
@@ -426,3 +428,38 @@ async def test_giving_back_is_what_makes_the_next_round_right(
                 await chain.predump()
         await chain.predump()
         assert same_when_stopped(odd, chain.last.images_dir).counts["wrong"] >= 256
+
+
+async def test_what_was_taken_of_mappings_that_have_gone_is_given_back_in_a_few_calls(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tracker("uffd-wp")
+    (address, _) = odd.do("anon 4096")
+    chain = Chain(odd, images_root)
+    odd.do(f"fill {address} 4096 1")
+    await chain.predump()
+    odd.do(f"poke {address} 4096 2")
+    calls = []
+    protect, finish = userfaultfd.writeprotect, DumpRun._finish
+
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments)
+        protect(*arguments)
+
+    def fail(run: DumpRun, *arguments: Any) -> None:
+        odd.do(f"unmap {address + 1000 * PAGE} 2000")
+        odd.do(f"at {address + 2000 * PAGE} 500 0")  # in its place there is, partly, something else
+        odd.do(f"fill {address + 2000 * PAGE} 400 3")
+        finish(run, *arguments)
+        raise ImagesIOError("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(userfaultfd, "writeprotect", counted)
+        patch.setattr(DumpRun, "_finish", fail)
+        with pytest.raises(ImagesIOError):
+            await chain.predump()
+    assert len(calls) < 100
+    assert (await chain.predump()).incremental
+    assert chain.last.stats.pages_written >= 2096 + 400
+    assert same_when_stopped(odd, chain.last.images_dir).ok
+    await chain.prove()

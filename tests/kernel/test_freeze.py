@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -556,6 +557,53 @@ def test_killed_at_any_moment_the_freezer_leaves_a_running_target(victim: START)
             assert freezer.stdout.readline() == b"killed\n"
             is_free(target)
     target.finish()
+
+
+FREEZE_WITH_A_SIGNAL = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from incdump._uapi import ptrace
+from incdump.freeze.seize import Freezer
+pid, interrupt = int(sys.argv[1]), ptrace.interrupt
+def signal_first(tid):
+    os.kill(pid, signal.SIGUSR1)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "t":  # in signal-delivery-stop
+        pass
+    interrupt(tid)
+ptrace.interrupt = signal_first
+async def freeze():
+    async with Freezer() as freezer:
+        await freezer.freeze(pid)
+        print("frozen", flush=True)
+        await asyncio.sleep(60)
+asyncio.run(freeze())
+"""
+COUNT_SIGNALS = """
+import signal, time
+signal.signal(signal.SIGUSR1, lambda *_: print("handled", flush=True))
+print("ready", flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+def test_killed_while_it_holds_a_signal_the_freezer_does_not_take_it_along() -> None:
+    with subprocess.Popen([sys.executable, "-c", COUNT_SIGNALS], stdout=subprocess.PIPE) as target:
+        assert target.stdout is not None
+        assert target.stdout.readline() == b"ready\n"
+        freezer = subprocess.Popen(
+            [sys.executable, "-c", FREEZE_WITH_A_SIGNAL, str(target.pid)], stdout=subprocess.PIPE
+        )
+        with freezer:
+            assert freezer.stdout is not None
+            assert freezer.stdout.readline() == b"frozen\n"
+            assert state(target.pid) == "t"
+            freezer.kill()
+        try:
+            assert select.select([target.stdout], [], [], 10)[0], "the signal is lost"
+            assert target.stdout.readline() == b"handled\n"
+        finally:
+            target.kill()
 
 
 @pytest.mark.asyncio

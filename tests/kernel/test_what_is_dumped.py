@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from incdump.errors import TargetDenied
 from incdump.model.options import DumpOptions
+from incdump.proc import memory
 from tests import oracle
 from tests.kernel.support import Chain, Odd, same_when_stopped
 
@@ -119,6 +121,31 @@ async def test_memory_without_protection_is_dumped(odd: Odd, images_root: Path, 
     assert same_when_stopped(odd, chain.last.images_dir).ok
     assert [n for n, f in held(chain, address, 32).items() if f & oracle.PE_PRESENT] == [0, 1, 2, 3]
     await chain.prove()
+
+
+async def test_memory_that_the_kernel_will_not_have_read_is_an_error_of_a_dump(
+    odd: Odd, images_root: Path, reader: PagemapName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with proc_mem.force_override=never. A pre-dump may lack it: the dump on top of it will not."""
+    (address, _) = odd.do("anon 32")
+    odd.do(f"fill {address} 32 1")
+    odd.do(f"prot {address} 16 {PROT_NONE}")
+    chain = Chain(odd, images_root, DumpOptions(pagemap=reader))
+    pread = memory._Reading.pread
+
+    def refused(reading: memory._Reading, begin: int, end: int, at: int) -> int:
+        return 0 if address <= at < address + 16 * PAGE else pread(reading, begin, end, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory._Reading, "pread", refused)
+        await chain.predump()
+        assert chain.last.stats.pages_vanished == 16
+        with pytest.raises(TargetDenied, match=f"16 pages of process {odd.pid} cannot be read") as caught:
+            await chain.dump()
+        assert (caught.value.pid, caught.value.vaddr) == (odd.pid, address)
+    assert len(list(images_root.iterdir())) == 1
+    await chain.prove()
+    assert sorted(held(chain, address, 32)) == list(range(32))
 
 
 async def test_guard_regions_are_left_out(odd: Odd, images_root: Path, reader: PagemapName) -> None:

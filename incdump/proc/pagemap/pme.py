@@ -31,7 +31,7 @@ _MARKER = 31 | 1 << 5  # swap type 31 is "no swap, a marker"; bit 0 of its offse
 _PME_UFFD_WP = 1 << 57
 _PME_GUARD = 1 << 58
 _PME_SWAP = 1 << 62
-_PME_PRESENT = 1 << 63
+PME_PRESENT = 1 << 63
 
 _LOWEST = np.zeros(1, np.uint64)
 _HIGHEST = np.full(1, 2**64 - 1, np.uint64)
@@ -76,7 +76,7 @@ def categories_of_pmes(pmes: NDArray[np.uint64], zero_pfn: int | None = None) ->
         categories[zero] |= np.uint16(PageIs.PFNZERO)
     marker = (low == _MARKER).nonzero()[0]
     if len(marker):
-        state = top[marker] & np.uint16((_PME_PRESENT | _PME_SWAP | _PME_GUARD | _PME_UFFD_WP) >> 48)
+        state = top[marker] & np.uint16((PME_PRESENT | _PME_SWAP | _PME_GUARD | _PME_UFFD_WP) >> 48)
         categories[marker[state == (_PME_SWAP | _PME_UFFD_WP) >> 48]] = 0
     return categories
 
