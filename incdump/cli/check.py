@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -11,8 +13,12 @@ from incdump.cli.invocation import Command, Invocation, error_fields, json_optio
 from incdump.errors import BadImage, BrokenChain, CheckError, ParentMismatch, UnfinishedImages
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from incdump.engine.check import AgainstReport
     from incdump.images.chain import ChainReport
+
+T = TypeVar("T")
 
 _EXAMPLE = """\b
 Examples:
@@ -46,8 +52,8 @@ def command(invocation: Invocation, images_dir: str, against: int | None, timeou
     """
     if not images_dir or "\0" in images_dir:
         raise click.BadParameter("an empty name", param_hint="DIR")
-    report = _check(images_dir)
-    compared = None if against is None else _compare(images_dir, against, timeout)
+    report = _check(images_dir, show=not invocation.json)
+    compared = None if against is None else _compare(images_dir, against, timeout, show=not invocation.json)
     ok = compared is None or compared.ok
     error = None if ok else CheckError(_complaint(images_dir, against, compared), pid=against, path=images_dir)
     if invocation.json:
@@ -59,25 +65,47 @@ def command(invocation: Invocation, images_dir: str, against: int | None, timeou
         raise error
 
 
-def _check(images_dir: str) -> ChainReport:
+def _check(images_dir: str, *, show: bool) -> ChainReport:
     """The chain's report.
 
+    :param show: progress may be shown, if there is a terminal to show it on.
     :raises incdump.errors.ImagesError: what is wrong; its exit code is that of `CheckError` if it could be read at all.
     """
     from incdump.engine.check import check
 
     try:
-        return check(images_dir)
+        if not (show and sys.stderr.isatty()):
+            return check(images_dir)
+        return _waiting("proving the chain", partial(_in_thread, check, images_dir))
     except (BadImage, BrokenChain, ParentMismatch, UnfinishedImages) as error:
         error.exit_code = CheckError.exit_code
         raise
 
 
-def _compare(images_dir: str, pid: int, timeout: float) -> AgainstReport:
+def _compare(images_dir: str, pid: int, timeout: float, *, show: bool) -> AgainstReport:
     from incdump.cli.signals import run
     from incdump.engine.check import check_against
 
-    return run(lambda: check_against(images_dir, pid, freeze_timeout=timeout))
+    job = partial(check_against, images_dir, pid, freeze_timeout=timeout)
+    return _waiting("comparing every page", job) if show and sys.stderr.isatty() else run(job)
+
+
+def _waiting(what: str, job: Callable[[], Awaitable[T]]) -> T:
+    """Run a job, and show that it takes its time, if it does."""
+    from incdump.cli.progress import Waiting
+    from incdump.cli.signals import run
+
+    async def with_progress() -> T:
+        with Waiting(what).shown():
+            return await job()
+
+    return run(with_progress)
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    from incdump.engine.threads import in_thread
+
+    return await in_thread(function, *arguments)
 
 
 def _complaint(images_dir: str, pid: int | None, report: AgainstReport | None) -> str:

@@ -1,4 +1,4 @@
-"""Progress of a dump, on a terminal, if it takes more than half a second.
+"""Progress of a dump or a check, on a terminal, if it takes more than half a second.
 
 rich is loaded when the half second is over, and not at all otherwise: loading it takes as long as many a dump.
 """
@@ -29,19 +29,17 @@ _STEPS = {
 }
 
 
-class Progress:
-    """What the engine reports to, and what shows it."""
+class Waiting:
+    """What is shown while something takes long: what it is, and for how long by now.
 
-    def __init__(self) -> None:
-        self._step = "checking"
-        self._stats = DumpStats()
+    :param what: the step, in words.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
         self._began = time.monotonic()
         self._live: Live | None = None
         self._spinner: Spinner | None = None
-
-    def update(self, step: str, stats: DumpStats) -> None:
-        """Take note of a step and the counters so far."""
-        self._step, self._stats = step, stats
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -73,11 +71,28 @@ class Progress:
         return self._spinner
 
     def _text(self) -> str:
+        return f"{self.what}: {self._details()}{time.monotonic() - self._began:.1f} s"
+
+    def _details(self) -> str:
+        return ""
+
+
+class Progress(Waiting):
+    """What the engine reports to, and what shows it."""
+
+    def __init__(self) -> None:
+        super().__init__(_STEPS["checking"])
+        self._stats = DumpStats()
+
+    def update(self, step: str, stats: DumpStats) -> None:
+        """Take note of a step and the counters so far."""
+        self.what, self._stats = _STEPS.get(step, step), stats
+
+    def _details(self) -> str:
         stats = self._stats
         written = stats.pages_written + stats.shpages_written
         return (
-            f"{_STEPS.get(self._step, self._step)}: {stats.pages_scanned + stats.shpages_scanned:,} pages scanned, "
+            f"{stats.pages_scanned + stats.shpages_scanned:,} pages scanned, "
             f"{written:,} written ({bytes_text(written * _PAGE)}), "
             f"{stats.pages_skipped_parent + stats.shpages_skipped_parent:,} left to the parent, "
-            f"{time.monotonic() - self._began:.1f} s"
         )

@@ -263,7 +263,9 @@ class DumpRun:
         root = self._processes.get((self._root.pid, self._root.start_time))
         if root is None or root.exited:
             raise TargetExited(
-                f"process {self._pid} exited, or replaced its program, while it was being dumped", pid=self._pid
+                f"process {self._pid} exited, or replaced its program, while it was being dumped: "
+                "if it is still there, dump it again",
+                pid=self._pid,
             )
         return metadata[0] if metadata else None
 

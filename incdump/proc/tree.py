@@ -125,9 +125,11 @@ def check_target(pid: int) -> Task:
 def _check_suitable(pid: int, stat: Stat) -> None:
     """Refuse what has no memory to dump, and the trees that hold this very process."""
     if stat.flags & PF_KTHREAD:
-        raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory to dump", pid=pid)
+        raise TargetUnsuitable(
+            f"process {pid} ({stat.comm}) is a kernel thread, which has no memory: choose another", pid=pid
+        )
     if stat.is_dead:
-        raise TargetUnsuitable(f"process {pid} is a zombie: its parent {stat.ppid} has yet to reap it", pid=pid)
+        raise TargetUnsuitable(f"process {pid} is a zombie, all its memory is gone: dump one that runs", pid=pid)
     if stat.is_leaderless and stays_leaderless(pid):
         raise leaderless(pid)
     if pid == os.getpid():

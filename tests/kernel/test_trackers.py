@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import pkgutil
+import platform
 import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -613,8 +615,30 @@ async def test_a_stopped_target_is_dumped_and_stays_stopped(odd: Odd, images_roo
     odd.do("ping")
 
 
-async def test_a_32_bit_target_is_compared_by_content() -> None:
-    pytest.skip("there is no 32-bit program on x86_64 machines without gcc -m32")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs are tested on x86_64")
+async def test_a_32_bit_target_gets_no_userfaultfd_and_is_compared_by_content(tmp_path: Path, images_root: Path) -> None:
+    binary, source = tmp_path / "plain32", Path(__file__).with_name("victims") / "plain32.c"
+    alone = ("-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie")
+    subprocess.run([build.compiler(), *alone, "-o", binary, source], check=True, capture_output=True)
+    with subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"
+        last = await incdump.predump(child.pid, images_root / "1")
+        for turn in (2, 3):
+            for byte in b"\x01\x05":
+                os.write(child.stdin.fileno(), bytes([byte + turn]))
+                assert child.stdout.readline() == b"ok\n"
+            last = await incdump.predump(child.pid, images_root / str(turn), parent=last.images_dir)
+            assert any("32-bit" in line and "compared by content" in line for line in last.warnings)
+        assert last.incremental
+        assert 2 <= last.stats.pages_written < 40 < last.stats.pages_skipped_parent
+        stopped = DumpOptions(afterwards="stopped")
+        last = await incdump.dump(child.pid, images_root / "4", parent=last.images_dir, options=stopped)
+        report = oracle.compare(last.images_dir, oracle.tree(child.pid))
+        child.kill()
+    assert report.ok, report
+    assert report.compared > 64
 
 
 # --- what changes between one step of a round and the next ----------------------------------------------------------

@@ -19,7 +19,7 @@ from incdump.cli.dumping import facts
 from incdump.cli.invocation import Command, Invocation, one_line, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.main import ALIASES, COMMANDS, Commands, command_line, main
-from incdump.cli.progress import Progress
+from incdump.cli.progress import Progress, Waiting
 from incdump.cli.signals import Stopped, run
 from incdump.errors import BadImage, ImagesIOError, NoSuchTarget
 from incdump.model.stats import DumpResult, DumpStats
@@ -414,6 +414,18 @@ async def test_progress_is_not_shown_for_a_short_time(monkeypatch: pytest.Monkey
     with progress.shown():
         progress.update("dumping", DumpStats())
     assert progress._live is None
+
+
+@pytest.mark.asyncio
+async def test_a_check_that_takes_long_says_what_it_is_at(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(progress_module, "PATIENCE", 0)
+    import asyncio
+
+    waiting = Waiting("comparing every page")
+    with waiting.shown():
+        await asyncio.sleep(0.01)
+        assert str(waiting._renderable().text).startswith("comparing every page: 0.")
+    assert capsys.readouterr().out == ""
 
 
 def test_every_command_is_a_module_with_a_command() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import runpy
 import subprocess
@@ -60,3 +61,30 @@ def test_a_module_has_names_of_its_own(schema: Path) -> None:
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.stem)
 def test_a_module_is_of_a_generator_old_enough_for_protobuf_6(schema: Path) -> None:
     assert version_of(ROOT / PACKAGE / f"{schema.stem}_pb2.py").endswith(" 6.31.1")
+
+
+ROUND_TRIP = """
+import google.protobuf
+from incdump.images.inventory import decode_inventory, encode_dump_inventory
+from incdump.images.stats import decode_stats, encode_stats
+from incdump.model.stats import DumpStats
+
+stats = DumpStats(pages_written=1 << 40, frozen_time=7)
+assert decode_stats(encode_stats(stats), "stats-dump").pages_written == 1 << 40
+assert decode_inventory(encode_dump_inventory(12_340_000), "inventory.img").dump_uptime == 12_340_000
+print(google.protobuf.__version__)
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("wanted", "first"), [("protobuf>=6.31.1,<7", "6."), ("protobuf>=7,<8", "7.")])
+def test_the_modules_work_with_protobuf_6_and_7(tmp_path: Path, wanted: str, first: str) -> None:
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-deps", "--target"]
+    subprocess.run([*install, str(tmp_path), wanted], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-c", ROUND_TRIP], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    # Versions of the Python package are 6.31.1, 7.34.0 and so on.
+    assert done.stdout.startswith(first)
