@@ -65,12 +65,13 @@ class PagesImage:
         """Have the disk's blocks reserved for pages that are to come; too many, or too few, do no harm.
 
         On ext4, to look for a place for each block while it is written takes a fifth of all the writing. A disk that
-        has no room is told of when the pages do come.
+        has no room is told of when the pages do come; it is not filled up for nothing.
         """
-        if pages <= 0:
-            return
-        self._room = pages
         try:
+            disk = os.fstatvfs(self._fd)
+            if not 0 < pages * PAGE_SIZE < disk.f_bavail * disk.f_frsize:
+                return
+            self._room = pages
             fallocate(self._fd, pages * PAGE_SIZE)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
@@ -83,7 +84,7 @@ class PagesImage:
         """
         self.lay_out(min(pages, MOST_ROOM))
         zeros = memoryview(bytes(CHUNK_PAGES * PAGE_SIZE))
-        try:
+        try:  # as many as were laid out, if any
             for first in range(0, self._room, CHUNK_PAGES):
                 os.pwrite(self._fd, zeros[: (self._room - first) * PAGE_SIZE], first * PAGE_SIZE)
         except OSError:

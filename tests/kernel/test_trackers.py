@@ -616,7 +616,9 @@ async def test_a_stopped_target_is_dumped_and_stays_stopped(odd: Odd, images_roo
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="32-bit programs are tested on x86_64")
-async def test_a_32_bit_target_gets_no_userfaultfd_and_is_compared_by_content(tmp_path: Path, images_root: Path) -> None:
+async def test_a_32_bit_target_gets_no_userfaultfd_and_is_compared_by_content(
+    tmp_path: Path, images_root: Path
+) -> None:
     binary, source = tmp_path / "plain32", Path(__file__).with_name("victims") / "plain32.c"
     alone = ("-m32", "-nostdlib", "-static", "-ffreestanding", "-fno-stack-protector", "-fno-pic", "-no-pie")
     subprocess.run([build.compiler(), *alone, "-o", binary, source], check=True, capture_output=True)

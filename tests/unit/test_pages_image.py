@@ -148,6 +148,21 @@ def test_a_file_that_is_laid_out_has_its_blocks_before_the_first_page_comes(tmp_
 
 
 @getting_ready
+def test_a_disk_is_not_filled_up_for_pages_that_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, get_ready: Callable[[PagesImage, int], None]
+) -> None:
+    small = os.statvfs_result((4096, 4096, 1000, 600, 500, 9, 9, 9, 0, 255))
+    monkeypatch.setattr(os, "fstatvfs", lambda _fd: small)
+    with NewImagesDir.create(tmp_path / "1") as images:
+        image = PagesImage(images, NAME)
+        get_ready(image, 500)
+        assert (tmp_path / "1" / "pages-1.img").stat().st_blocks == 0
+        get_ready(image, 499)
+        assert (tmp_path / "1" / "pages-1.img").stat().st_blocks > 0
+        image.close()
+
+
+@getting_ready
 def test_a_file_system_that_lays_nothing_out_is_no_trouble(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, get_ready: Callable[[PagesImage, int], None]
 ) -> None:
