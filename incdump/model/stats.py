@@ -27,7 +27,8 @@ class DumpStats:
     :ivar shpages_scanned: the same for shared memory segments.
     :ivar shpages_skipped_parent: the same for shared memory segments.
     :ivar shpages_written: the same for shared memory segments.
-    :ivar scan_time: time in which the reader and classify stages were busy, summed.
+    :ivar scan_time: time in which the pagemap reader and the classify stage were busy, summed; without comparing by
+        content.
     :ivar total_time: from the call to the finished images dir.
     :ivar stopped_time: time in which any thread of the tree was kept stopped by incdump, in all: freezing and frozen
         time of a dump; the injection of one system call when tracking starts.
