@@ -462,14 +462,14 @@ async def test_memory_that_is_discarded_by_whole_page_tables_is_zero_again(
     odd: Odd, images_root: Path, reader: str
 ) -> None:
     """Then there is not even an entry to say so; and a mapping that is nearly empty is no work."""
-    ((address, _), (vast, _)) = odd.do("anon 4096"), odd.do(f"anon {8 << 18}")
+    ((address, _), (vast, _)) = odd.do("anon 4096"), odd.do(f"anon {1 << 17}")
     aligned = (address + (2 << 20) - 1) & -(2 << 20)
     odd.do(f"fill {aligned} 3000 1")
-    odd.do(f"fill {vast + (3 << 30)} 700 2")
+    odd.do(f"fill {vast + (3 << 27)} 700 2")
     chain = Chain(odd, images_root, DumpOptions(pagemap=reader))  # type: ignore[arg-type]
     await chain.predump()
     odd.do(f"advise {aligned + (2 << 20)} 1024 {MADV_DONTNEED}")
-    odd.do(f"advise {vast + (3 << 30)} 600 {MADV_DONTNEED}")
+    odd.do(f"advise {vast + (3 << 27)} 600 {MADV_DONTNEED}")
     await chain.predump()
     assert 2000 < chain.last.stats.pages_skipped_parent < 2600
     assert same_when_stopped(odd, chain.last.images_dir).ok
