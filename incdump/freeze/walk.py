@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
-from incdump._uapi.libc import syscall
+from incdump._uapi.kcmp import KCMP_VM, shares
 from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.attach import interrupt, is_ours, seize
@@ -56,7 +56,6 @@ DEATH_TIMEOUT = 5.0
 """Seconds to wait for a killed tree to be dead, and for a stopped one to be seen stopped."""
 
 _WHY_NOT_STOPPED = {"D": "is in uninterruptible sleep (state D)", "R": "gets no processor time (state R)"}
-_KCMP_VM = 1
 _WALL = 0x40000000
 
 
@@ -490,10 +489,7 @@ def _children_by_scan(pid: int) -> list[int]:
 
 def _share_memory(pid: int, other: int) -> bool:
     """Whether two processes share one address space."""
-    try:
-        return syscall(ARCH.sys_kcmp, pid, other, _KCMP_VM, 0, 0) == 0
-    except OSError:
-        return False
+    return shares(pid, other, KCMP_VM)
 
 
 def _is_group_stopped(process: Process) -> bool:

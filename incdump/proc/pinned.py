@@ -9,10 +9,10 @@ and from drivers that map user memory for their device (RDMA, VFIO, GPUs).
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from incdump._uapi.arch import ARCH
-from incdump._uapi.libc import syscall
+from incdump._uapi.kcmp import KCMP_FILES, shares
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -22,7 +22,6 @@ _DEVICES = (
     "/dev/video",  # V4L2 takes buffers in user memory
 )
 _IO_URING = "anon_inode:[io_uring]"
-_KCMP_FILES = 2
 
 
 def pinned_io(pid: int, mappings: Collection[str] | None = None) -> str | None:
@@ -36,10 +35,12 @@ def pinned_io(pid: int, mappings: Collection[str] | None = None) -> str | None:
         descriptors cannot be listed gets one too; one that is gone gets None.
     """
     try:
-        for task in (str(pid), *_with_other_descriptors(pid)):
-            reason = _by_descriptors(f"/proc/{pid}/task/{task}")
-            if reason is not None:
-                return reason
+        reason = _by_descriptors(f"/proc/{pid}")
+        for task in _with_other_descriptors(pid):
+            with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended: the others count
+                reason = reason or _by_descriptors(f"/proc/{pid}/task/{task}")
+        if reason is not None:
+            return reason
         if mappings is None:
             with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
                 mappings = {line.rstrip("\n").rpartition(" ")[2] for line in maps}
@@ -56,14 +57,7 @@ def _with_other_descriptors(pid: int) -> list[str]:
     Where the kernel has no kcmp(2), or refuses it, that is every thread.
     """
     threads = [task for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid]
-    return [task for task in threads if not _same_descriptors(pid, int(task))]
-
-
-def _same_descriptors(pid: int, tid: int) -> bool:
-    try:
-        return syscall(ARCH.sys_kcmp, pid, tid, _KCMP_FILES, 0, 0) == 0
-    except OSError:
-        return False
+    return [task for task in threads if not shares(pid, int(task), KCMP_FILES)]
 
 
 def _by_descriptors(directory: str) -> str | None:

@@ -12,8 +12,7 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from incdump._uapi.arch import ARCH
-from incdump._uapi.libc import syscall
+from incdump._uapi.kcmp import KCMP_VM, shares
 from incdump.proc.identity import read_proc, read_stat
 
 if TYPE_CHECKING:
@@ -21,17 +20,10 @@ if TYPE_CHECKING:
 
     from incdump.proc.tree import Task
 
-_KCMP_VM = 1
-
 
 def shares_address_space(pid: int, other: int) -> bool:
     """Ask kcmp(2); False where it cannot be told (another user's process, a kernel without it)."""
-    if other <= 0:
-        return False
-    try:
-        return syscall(ARCH.sys_kcmp, pid, other, _KCMP_VM, 0, 0) == 0
-    except OSError:
-        return False
+    return other > 0 and shares(pid, other, KCMP_VM)
 
 
 def may_share_pages(tasks: Iterable[Task]) -> set[int]:

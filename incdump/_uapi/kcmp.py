@@ -1,0 +1,20 @@
+"""kcmp(2): whether two processes, or threads, share something.
+
+This module is stdlib only: the small holder process may use it.
+"""
+
+from __future__ import annotations
+
+from incdump._uapi.arch import ARCH
+from incdump._uapi.libc import syscall
+
+KCMP_VM = 1
+KCMP_FILES = 2
+
+
+def shares(pid: int, other: int, what: int) -> bool:
+    """Whether two tasks share what `what` says; False where it cannot be told (another user's, no kcmp(2), gone)."""
+    try:
+        return syscall(ARCH.sys_kcmp, pid, other, what, 0, 0) == 0
+    except OSError:
+        return False
