@@ -25,7 +25,6 @@ from incdump.model.runs import (
     PAGE_SIZE,
     Runs,
     canonical,
-    empty_runs,
     entry_runs,
     intersect,
     page_addresses,
@@ -145,7 +144,7 @@ def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
 
 def _compare_process(images: ImagesDir, pid: int, vpid: int, vmas: VmaTable, report: AgainstReport) -> None:
     where = f"process {pid}"
-    held = images.covered(vpid) if images.pagemap(vpid) is not None else empty_runs()
+    held = images.covered(vpid)
     with ProcessMemory(pid) as memory:
         mapped = canonical(vmas.spans(~vmas.of_kind(VmaKind.VVAR, VmaKind.VSYSCALL, VmaKind.DEVICE)))
         report.pages_stray += report.note("is in the images only", where, subtract(held, mapped), vmas)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from incdump._uapi.fallocate import fallocate
-from incdump.images.pagemap import encode_pagemap
+from incdump.images.pagemap import encode_in_parts
 from incdump.model.regions import split_at
 from incdump.model.runs import (
     PAGE_SHIFT,
@@ -30,7 +30,7 @@ from incdump.tracking.content import hash_pages
 from incdump.xfer.local import close_gaps, cut_off, write_chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -56,7 +56,7 @@ class PagesImage:
         self._pages_id = images.next_pages_id()
         self._path = str(images.path / f"pages-{self._pages_id}.img")
         self._fd = images.open_pages(self._pages_id)
-        self._entries: list[Entries] = []
+        self._tables: list[Entries] = []
         self._failed: list[Runs] = []
         self._room = 0
         self.nr_pages = 0
@@ -98,7 +98,7 @@ class PagesImage:
     def append(self, entries: Entries) -> Iterator[Chunk]:
         """Fix the place of every page of these entries, and cut them into chunks to be written."""
         first = self.nr_pages
-        self._entries.append(entries)
+        self._tables.append(entries)
         self.nr_pages += int(present_entries(entries)[:, 1].sum())
         return cut(entries, first)
 
@@ -127,14 +127,17 @@ class PagesImage:
 
         :raises incdump.errors.ImagesIOError: the image cannot be written.
         """
-        rows = present_entries(np.concatenate(self._entries) if self._entries else empty_regions())
-        places = np.cumsum(rows[:, 1]) - rows[:, 1]
-        for start, end in intersect(entry_runs(rows), spans).tolist():
-            row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
-            place = int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
-            again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
-            for chunk in cut(again, place):
-                self.write(chunk, source, buffer, None)
+        first = 0
+        for table in self._tables:
+            rows = present_entries(table)
+            places = np.cumsum(rows[:, 1]) - rows[:, 1]
+            for start, end in intersect(entry_runs(rows), spans).tolist():
+                row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
+                place = first + int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
+                again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
+                for chunk in cut(again, place):
+                    self.write(chunk, source, buffer, None)
+            first += int(rows[:, 1].sum())
 
     def failed(self) -> Runs:
         """The pages that could not be read."""
@@ -145,15 +148,23 @@ class PagesImage:
 
         :returns: pages in the image.
         """
-        entries = np.concatenate(self._entries) if self._entries else empty_regions()
         failed = self.failed()
         if len(failed):
-            entries, gaps = without(entries, failed)
+            gaps = self._take_out(failed)
             self.nr_pages = close_gaps(self._fd, gaps, self.nr_pages, self._path)
         if self._room > self.nr_pages:
             cut_off(self._fd, self.nr_pages, self._path)
-        self._images.write_raw(self.name, encode_pagemap(self._pages_id, merge_entries(entries)))
+        self._images.write_raw(self.name, encode_in_parts(self._pages_id, merge_tables(self._tables)))
         return self.nr_pages
+
+    def _take_out(self, failed: Runs) -> Runs:
+        """Take pages out of all tables; returns the byte ranges of the pages image that fall away."""
+        gaps, first = [], 0
+        for i, table in enumerate(self._tables):
+            self._tables[i], gap = without(table, failed)
+            gaps.append(gap + np.uint64(first << PAGE_SHIFT))
+            first += int(present_entries(table)[:, 1].sum())
+        return canonical(np.concatenate(gaps))
 
     def discard(self) -> None:
         """Remove the pages image: what it belongs to is gone. There will be no pagemap."""
@@ -179,7 +190,7 @@ def _note_hashes(chunk: Chunk, buffer: NDArray[np.uint8], collector: HashCollect
 def without(entries: Entries, failed: Runs) -> tuple[Entries, Runs]:
     """Take pages out of an entry table.
 
-    :returns: what is left, and the byte ranges of the pages image that fall away.
+    :returns: what is left, and the byte ranges of the table's part of the pages image that fall away.
     """
     ends = entries[:, 0] + (entries[:, 1] << np.uint64(PAGE_SHIFT))
     table = np.stack((entries[:, 0], ends, entries[:, 2]), axis=1)
@@ -192,6 +203,16 @@ def without(entries: Entries, failed: Runs) -> tuple[Entries, Runs]:
     left = pieces[~gone]
     rest = np.stack((left[:, 0], (left[:, 1] - left[:, 0]) >> np.uint64(PAGE_SHIFT), left[:, 2]), axis=1)
     return rest, gaps
+
+
+def merge_tables(tables: Iterable[Entries]) -> Iterator[Entries]:
+    """Merge the entries of tables that follow one another, also across their bounds."""
+    last = empty_regions()
+    for table in tables:
+        merged = merge_entries(np.concatenate((last, table)))
+        yield merged[:-1]
+        last = merged[-1:]
+    yield last
 
 
 def merge_entries(entries: Entries) -> Entries:

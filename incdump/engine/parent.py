@@ -45,7 +45,7 @@ class Parent:
 
         :raises incdump.errors.ParentMismatch: it holds another, or an earlier one of the same pid.
         """
-        if self._images.pagemap(root.vpid) is None:
+        if not self._images.has("pagemap", root.vpid):
             held = ", ".join(map(str, self._images.pids()[:5])) or "none"
             raise ParentMismatch(
                 f"{self.path} holds no process {root.vpid} (but {held}): give the images dir of this target, or dump "
@@ -77,7 +77,7 @@ class Parent:
         A process that was restored from the parent, a checkpoint, has its pid but is another: no tracker has followed
         it, and only hashes tell what of it the parent has.
         """
-        if self._images.pagemap(task.vpid) is None:
+        if not self._images.has("pagemap", task.vpid):
             return None
         same = self._is_same(task)
         if not same and not self._is_checkpoint:
@@ -95,7 +95,7 @@ class Parent:
 
     def segment(self, shmem_id: int) -> ParentImages | None:
         """What is known of one shared memory segment."""
-        if self._processes is None or self._images.shmem_pagemap(shmem_id) is None:
+        if self._processes is None or not self._images.has("pagemap-shmem", shmem_id):
             return None
         hashes = self._hashes(f"incdump-hashes-shmem-{shmem_id}")
         return None if hashes is None else ParentImages(covered=hashes.known(), hashes=hashes)

@@ -13,6 +13,7 @@ import fcntl
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from typing import Any, Protocol
 
 from incdump import errors
 from incdump.holder import wire
-from incdump.proc.identity import Identity, boot_id, is_same
+from incdump.proc.identity import Identity, boot_id, is_same, open_pidfd
 
 START_TIMEOUT = 10.0
 """Seconds within which a new holder has to answer."""
+
+_END_TIMEOUT = 2.0
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -100,7 +103,22 @@ def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
 
 
 def connect() -> socket.socket | None:
-    """A connection to the running holder, or None when there is none."""
+    """A connection to the running holder, or None when there is none: then nothing that one left is left any more."""
+    if not os.path.exists(wire.socket_path()):
+        return None
+    directory = wire.runtime_dir()
+    lock = wire.lock_socket(directory)  # lest it ends right now
+    try:
+        sock = _connect()
+        if sock is None:
+            wire.remove_traces(directory)
+        return sock
+    finally:
+        os.close(lock)
+
+
+def _connect() -> socket.socket | None:
+    """The same for who has the lock."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         sock.connect(wire.socket_path())
@@ -119,13 +137,12 @@ def connect_or_start() -> socket.socket:
     :raises incdump.errors.HolderError: it cannot be started or reached.
     """
     try:
-        lock = os.open(os.path.join(wire.runtime_dir(), wire.LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = wire.lock_socket(wire.runtime_dir())
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            sock = connect()
+            sock = _connect()
             if sock is None:
                 _start_holder()
-                sock = connect()
+                sock = _connect()
         finally:
             os.close(lock)
     except OSError as error:
@@ -142,7 +159,7 @@ def connect_or_start() -> socket.socket:
 
 def _start_holder() -> None:
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    log = os.open(os.path.join(wire.runtime_dir(), "holder.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    log = os.open(os.path.join(wire.runtime_dir(), wire.LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         child = _spawn("incdump.holder.server", [wire.socket_path(), str(writer)], (writer,), log)
         os.close(writer)
@@ -289,7 +306,7 @@ def held_targets() -> list[dict[str, Any]]:
 
 
 def forget(pid: int | None) -> list[int]:
-    """Give up the tracking of one process, or of all; the holder ends by itself when it holds no more.
+    """Give up the tracking of one process, or of all; a holder that holds no more has ended when this returns.
 
     :returns: the processes that were tracked until now.
     :raises incdump.errors.HolderError: one of them is being dumped right now.
@@ -297,7 +314,14 @@ def forget(pid: int | None) -> list[int]:
     sock = connect()
     if sock is None:
         return []
-    with sock:
-        answer, _ = ask(sock, {"do": "forget", "pid": pid}, pid)
-        forgotten: list[int] = answer["forgotten"]
-        return forgotten
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pidfd = open_pidfd(struct.unpack("3i", credentials)[0])
+    try:
+        with sock:
+            answer, _ = ask(sock, {"do": "forget", "pid": pid}, pid)
+        if answer["ends"]:
+            select.select([pidfd], [], [], _END_TIMEOUT)
+    finally:
+        os.close(pidfd)
+    forgotten: list[int] = answer["forgotten"]
+    return forgotten

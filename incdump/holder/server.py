@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import selectors
 import signal
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LINGER = 5.0
-"""Seconds without target and client after which the holder ends."""
+"""Seconds without target and client after which the holder ends, unless it was told that no more are to come."""
 
 _PR_SET_NAME = 15
 
@@ -100,12 +99,13 @@ class Holder:
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
         self.targets: dict[int, Target] = {}
         self.clients: set[socket.socket] = set()
+        self.linger = LINGER
 
     def run(self) -> None:
         """Serve until there is nothing left to hold."""
         while True:
             idle = not self.targets and not self.clients
-            ready = self.selector.select(LINGER if idle else None)
+            ready = self.selector.select(self.linger if idle else None)
             if idle and not ready and self._may_end():
                 return
             for key, _events in ready:
@@ -116,18 +116,15 @@ class Holder:
 
         The lock is held until this process is gone: a client that comes now starts another holder after that.
         """
-        path = self.listener.getsockname()
-        lock = os.open(os.path.join(os.path.dirname(path), wire.LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        directory = os.path.dirname(self.listener.getsockname())
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = wire.lock_socket(directory, wait=False)
         except BlockingIOError:
-            os.close(lock)
             return False
         if self.selector.select(0):
             os.close(lock)
             return False
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        wire.remove_traces(directory)
         return True
 
     def _accept(self, listener: socket.socket) -> None:
@@ -184,7 +181,7 @@ class Holder:
             case "commit":
                 return self._commit(client, int(message["pid"]), message["generation"]), ()
             case "forget":
-                return self._forget(message["pid"]), ()
+                return self._forget(client, message["pid"]), ()
             case "list":
                 rows = [
                     {"pid": t.pid, "start_time": t.start_time, "generation": t.generation, "busy": t.owner is not None}
@@ -197,6 +194,7 @@ class Holder:
     def _acquire(
         self, client: socket.socket, pid: int, start_time: int, *, renew: bool
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        self.linger = LINGER
         target = self.targets.get(pid)
         if target is not None and target.start_time != start_time:
             self._remove(target)
@@ -241,14 +239,16 @@ class Holder:
         target.owner, target.generation = None, generation
         return {}
 
-    def _forget(self, pid: int | None) -> dict[str, Any]:
+    def _forget(self, client: socket.socket, pid: int | None) -> dict[str, Any]:
         chosen = [t for t in self.targets.values() if pid is None or t.pid == pid]
         busy = [t.pid for t in chosen if t.owner is not None]
         if busy:
             return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
         for target in chosen:
             self._remove(target)
-        return {"forgotten": [t.pid for t in chosen]}
+        ends = not self.targets and self.clients == {client}
+        self.linger = 0 if ends else LINGER
+        return {"forgotten": [t.pid for t in chosen], "ends": ends}
 
     def _remove(self, target: Target) -> None:
         if self.targets.get(target.pid) is target:

@@ -12,7 +12,8 @@ acquire    ``pid``, ``start_time``                     ``generation`` (or null),
                                                        ``stopped_us``; the userfaultfd as descriptor
 renew      ``pid``, ``start_time``                     the same, after a new userfaultfd took the old one's place
 commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
-forget     ``pid`` (or null for all)                   ``forgotten``: list of pids
+forget     ``pid`` (or null for all)                   ``forgotten``: list of pids; ``ends``: whether the holder does
+                                                       when this connection has ended
 list                                                   ``targets``: list of objects
 =========  ==========================================  ===============================================================
 
@@ -23,6 +24,8 @@ that dies in between (SIGKILL included) has taken pages from the tracker that no
 from __future__ import annotations
 
 import array
+import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -31,8 +34,10 @@ from typing import Any
 
 VERSION = 1
 MAX_MESSAGE = 65536
-LOCK = "holder.lock"
-"""Beside the socket: locked by a client while it looks for a holder or starts one, and by a holder that ends."""
+LOG = "holder.log"
+"""Beside the socket: what a holder has to say before it dies."""
+_LOCK = "holder.lock"
+_SOCKET = "holder.sock"
 MAX_FDS = 4
 
 
@@ -64,7 +69,36 @@ def runtime_dir() -> str:
 
 def socket_path() -> str:
     """Where the holder of this user listens."""
-    return os.path.join(runtime_dir(), "holder.sock")
+    return os.path.join(runtime_dir(), _SOCKET)
+
+
+def lock_socket(directory: str, *, wait: bool = True) -> int:
+    """Lock the socket, as a client does that looks for a holder or starts one, and a holder that ends.
+
+    :returns: a descriptor; the lock lasts until it is closed.
+    :raises BlockingIOError: somebody else has it, and `wait` is false.
+    """
+    path = os.path.join(directory, _LOCK)
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(lock)):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)  # a holder that ended has removed it meanwhile
+
+
+def remove_traces(directory: str) -> None:
+    """Remove socket, log (unless there is something in it) and lock; the caller has the lock, and keeps it."""
+    log = os.path.join(directory, LOG)
+    for path in (os.path.join(directory, _SOCKET), log, os.path.join(directory, _LOCK)):
+        with contextlib.suppress(OSError):
+            if path != log or not os.stat(log).st_size:
+                os.unlink(path)
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:

@@ -6,7 +6,7 @@ parent's pagemap of the same number. As that holds between every two neighbours,
 somewhere. The first thing that is wrong is raised. CRIU's restore does not notice much of this and reads wrong pages,
 or never ends.
 
-Memory use is that of the pagemaps of two levels; time goes with their entries.
+Memory use is that of a pagemap's file and of the runs of two levels; time goes with their entries.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from incdump.errors import BadImage, ParentMismatch
 from incdump.images.framing import raise_io_error
 from incdump.images.images_dir import ImagesDir, Kind, lazy_left, orphan
 from incdump.images.new_dir import INVENTORY
-from incdump.images.pagemap import page_offsets
-from incdump.model.runs import PAGE_SHIFT, PE_PARENT, PE_PRESENT, Entries, Runs, entry_runs
+from incdump.model.runs import PAGE_SHIFT, Runs, page_count
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from incdump.images.pagemap import PagemapSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,11 @@ class ChainReport:
 
 
 class _Table(NamedTuple):
-    """A decoded pagemap of a level."""
+    """A pagemap of a level."""
 
     kind: Kind
     number: int
-    pages_id: int
-    entries: Entries
+    pagemap: PagemapSummary
 
 
 def check_chain(images: ImagesDir) -> ChainReport:
@@ -105,17 +105,16 @@ def check_chain(images: ImagesDir) -> ChainReport:
 
 
 def _load_all(level: ImagesDir) -> dict[tuple[Kind, int], _Table]:
-    """Decode every pagemap of a level."""
+    """Summarise every pagemap of a level."""
     tables: dict[tuple[Kind, int], _Table] = {}
     names: list[tuple[Kind, int]] = [("pagemap", pid) for pid in level.pids()]
     names += [("pagemap-shmem", shmem_id) for shmem_id in level.shmem_ids()]
     for kind, number in names:
-        found = level.load(kind, number)
-        level.forget()
+        found = level.summary(kind, number)
         if found is None:
             path = level.image_path(kind, number)
             raise BadImage(f"{path} is gone: the images dir is being changed", path=path)
-        tables[kind, number] = _Table(kind, number, found.pages_id, found.entries)
+        tables[kind, number] = _Table(kind, number, found)
     return tables
 
 
@@ -126,18 +125,16 @@ def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> Le
     owners: dict[int, _Table] = {}
     size = in_parent = 0
     for table in tables.values():
-        other = owners.setdefault(table.pages_id, table)
+        other = owners.setdefault(table.pagemap.pages_id, table)
         path = level.image_path(table.kind, table.number)
         if other is not table:
             raise BadImage(
-                f"{path} uses the pages image of {other.kind}-{other.number}.img, {table.pages_id}", path=path
+                f"{path} uses the pages image of {other.kind}-{other.number}.img, {other.pagemap.pages_id}", path=path
             )
         size += _check_pages_image(level, table)
-        flags = table.entries[:, 2]
-        is_lazy = (flags & np.uint64(PE_PARENT | PE_PRESENT)) == 0
-        if is_lazy.any():
-            raise lazy_left(path, int(table.entries[int(is_lazy.argmax()), 0]))
-        in_parent += int(table.entries[(flags & np.uint64(PE_PARENT)) != 0, 1].sum())
+        if table.pagemap.lazy is not None:
+            raise lazy_left(path, table.pagemap.lazy)
+        in_parent += page_count(table.pagemap.holes)
     return LevelReport(
         path=level.path,
         pids=tuple(level.pids()),
@@ -151,8 +148,8 @@ def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> Le
 
 def _check_pages_image(level: ImagesDir, table: _Table) -> int:
     """Check that a pages image is as long as its pagemap says, and return that, bytes."""
-    expected = int(page_offsets(table.entries)[-1])
-    path = level.pages_path(table.pages_id)
+    expected = table.pagemap.pages_present << PAGE_SHIFT
+    path = level.pages_path(table.pagemap.pages_id)
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -174,7 +171,7 @@ def _check_holes(
     level: ImagesDir, parent: ImagesDir | None, table: _Table, above: dict[tuple[Kind, int], _Table]
 ) -> None:
     """Check that the parent covers every page that a pagemap leaves to it."""
-    holes = entry_runs(table.entries[(table.entries[:, 2] & np.uint64(PE_PARENT)) != 0])
+    holes = table.pagemap.holes
     if not len(holes):
         return
     if parent is None:
@@ -182,7 +179,7 @@ def _check_holes(
     parent_table = above.get((table.kind, table.number))
     if parent_table is None:
         raise parent.lacks(table.kind, table.number, int(holes[0, 0]), no_pagemap=True)
-    missing = _first_missing(entry_runs(parent_table.entries), holes)
+    missing = _first_missing(parent_table.pagemap.covered, holes)
     if missing is not None:
         raise parent.lacks(table.kind, table.number, missing, no_pagemap=False)
 
@@ -209,7 +206,7 @@ def _check_identities(level: ImagesDir, parent: ImagesDir, tables: dict[tuple[Ki
     if child_meta is None or parent_meta is None:
         return
     for table in tables.values():
-        if table.kind != "pagemap" or not (table.entries[:, 2] & np.uint64(PE_PARENT)).any():
+        if table.kind != "pagemap" or not len(table.pagemap.holes):
             continue
         ours, theirs = _identity(child_meta, table.number), _identity(parent_meta, table.number)
         if None not in (ours, theirs) and ours != theirs:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from incdump.errors import BadImage, ImagesIOError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 COMMON_MAGIC = 0x54564319
 SERVICE_MAGIC = 0x55105940
@@ -86,7 +86,14 @@ def unframe(data: bytes, magic: Magic, path: str | os.PathLike[str]) -> Iterator
 
     :raises BadImage: the magics are wrong or a record is cut short.
     """
-    rest = body(data, magic, path)
+    return split_records(body(data, magic, path), path)
+
+
+def split_records(rest: memoryview, path: str | os.PathLike[str]) -> Iterator[memoryview]:
+    """The records that follow one another up to a file's end.
+
+    :raises BadImage: a record is cut short.
+    """
     while rest:
         if len(rest) < 4:
             raise truncated(path)
@@ -162,7 +169,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes | None:
 
 
 def write_file(
-    path: str | os.PathLike[str], parts: Sequence[bytes], *, dir_fd: int | None = None, shown: Path | None = None
+    path: str | os.PathLike[str],
+    parts: Iterable[bytes | memoryview],
+    *,
+    dir_fd: int | None = None,
+    shown: Path | None = None,
 ) -> None:
     """Create a file, mode 0600, and write it whole.
 

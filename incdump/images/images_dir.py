@@ -26,7 +26,7 @@ from incdump.images.framing import raise_io_error, read_file
 from incdump.images.inventory import Inventory, decode_inventory
 from incdump.images.new_dir import INVENTORY, PARENT, SIDECAR, unfinished
 from incdump.images.page_reads import cut, read_pieces
-from incdump.images.pagemap import Pagemap, decode_pagemap
+from incdump.images.pagemap import Pagemap, PagemapSummary, decode_pagemap, summarise
 from incdump.images.stats import decode_stats
 from incdump.model.runs import (
     PAGE_SIZE,
@@ -37,7 +37,6 @@ from incdump.model.runs import (
     canonical,
     empty_regions,
     empty_runs,
-    entry_runs,
     run,
 )
 
@@ -78,7 +77,7 @@ class ImagesDir:
         self._pagemaps: dict[tuple[Kind, int], Pagemap | None] = {}
         try:
             self._identity = _identify(self.path)
-            self._names = os.listdir(self.path)
+            self._names = frozenset(os.listdir(self.path))
         except OSError as error:
             raise_io_error(error, "read the images dir", self.path)
         if must_be_complete and INVENTORY not in self._names:
@@ -131,6 +130,10 @@ class ImagesDir:
     def shmem_ids(self) -> list[int]:
         """The shared memory segments with a pagemap here, ascending."""
         return self._ids("pagemap-shmem")
+
+    def has(self, kind: Kind, number: int) -> bool:
+        """Whether there is a pagemap of a process or segment here."""
+        return self.image_path(kind, number).name in self._names
 
     def _ids(self, kind: Kind) -> list[int]:
         matches = (_PAGEMAP_NAME.fullmatch(name) for name in self._names)
@@ -192,8 +195,17 @@ class ImagesDir:
 
     def covered(self, pid: int) -> Runs:
         """The pages of a process that this directory answers for: present here or promised by the parent."""
-        entries = self.pagemap(pid)
-        return empty_runs() if entries is None else entry_runs(entries)
+        found = self.summary("pagemap", pid)
+        return empty_runs() if found is None else found.covered
+
+    def summary(self, kind: Kind, number: int) -> PagemapSummary | None:
+        """The summary of a pagemap image, or None if there is no such pagemap. Nothing of it is kept.
+
+        :raises BadImage: it is damaged.
+        """
+        path = self.image_path(kind, number)
+        data = read_file(path)
+        return None if data is None else summarise(data, path)
 
     def read(self, pid: int, vaddr: int, length: int) -> bytes:
         """Read a process's memory as it was; pages that are not in the images read as zeros.
@@ -241,10 +253,6 @@ class ImagesDir:
             self._pagemaps.pop(next(iter(self._pagemaps)), None)
         self._pagemaps[key] = found
         return found
-
-    def forget(self) -> None:
-        """Drop the decoded pagemaps; they are decoded again when they are next asked for."""
-        self._pagemaps.clear()
 
     def image_path(self, kind: Kind, number: int) -> Path:
         """Where a pagemap image is, or would be."""

@@ -146,9 +146,10 @@ class NewImagesDir:
         """
         self.write_raw(name, frame(magic, records))
 
-    def write_raw(self, name: str, data: bytes) -> None:
+    def write_raw(self, name: str, data: bytes | Iterable[bytes | memoryview]) -> None:
         """Create a file with these bytes.
 
+        :param data: the file's bytes, whole or in parts.
         :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
         :raises ImagesIOError: it cannot be written.
         """
@@ -157,7 +158,7 @@ class NewImagesDir:
         # Noted first, so that what is left of a failed write goes too; a file of somebody else is not ours to note.
         self._made_files.append(name)
         try:
-            write_file(name, [data], dir_fd=self._dir_fd, shown=self.path / name)
+            write_file(name, [data] if isinstance(data, bytes) else data, dir_fd=self._dir_fd, shown=self.path / name)
         except FileExistsError as error:
             self._made_files.remove(name)
             raise self._in_use(name) from error

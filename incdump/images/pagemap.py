@@ -5,8 +5,9 @@ pages with flags: in the pages image (`PE_PRESENT`), in the parent images (`PE_P
 (`PE_LAZY` alone). The pages image holds the pages of all present entries back to back, so an entry's offset is the
 sum of the present entries before it (`page_offsets`).
 
-Both ways are vectorised and use no protobuf. Files in any layout but today's usual one (older CRIU, which had no flags
-and a 32-bit count) are decoded by protobuf, entry by entry.
+Both ways are vectorised, use no protobuf, and can go part by part: a table of a million entries is 24 MB, and there
+need not be more of it in memory than its file. Files in any layout but today's usual one (older CRIU, which had no
+flags and a 32-bit count) are decoded by protobuf, entry by entry.
 """
 
 from __future__ import annotations
@@ -14,18 +15,30 @@ from __future__ import annotations
 import os
 from array import array
 from functools import cached_property
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from incdump.errors import BadImage
-from incdump.images.framing import Magic, body, header, truncated, unframe
+from incdump.images.framing import Magic, body, header, split_records, truncated
 from incdump.images.messages import parse
 from incdump.images.varints import CHUNK_ROWS, Field, encode_messages, varint
-from incdump.model.runs import PAGE_SHIFT, PAGE_SIZE, PE_PARENT, PE_PRESENT, Entries, empty_regions
+from incdump.model.runs import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PE_PARENT,
+    PE_PRESENT,
+    Entries,
+    Runs,
+    canonical,
+    empty_regions,
+    empty_runs,
+    entry_runs,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from numpy.typing import NDArray
 
     Path = str | os.PathLike[str]
@@ -48,15 +61,24 @@ def encode_pagemap(pages_id: int, entries: Entries) -> bytes:
     :param entries: shape (n, 3): vaddr (bytes), pages, flags.
     :returns: the file's bytes.
     """
+    return b"".join(encode_in_parts(pages_id, (entries,)))
+
+
+def encode_in_parts(pages_id: int, tables: Iterable[Entries]) -> Iterator[bytes]:
+    """The same for an entry table that comes in parts, each of them gone when the next one comes.
+
+    :param tables: ascending throughout.
+    :returns: the file's bytes, in parts.
+    """
     first = b"\x08" + varint(pages_id)
-    start = header(Magic.PAGEMAP) + len(first).to_bytes(4, "little") + first
-    if not len(entries):
-        return start
-    vaddr, nr_pages, flags = (np.ascontiguousarray(column, _U64) for column in entries.T)
-    # The old field has 32 bits. An entry of 16 TiB cannot be told to an old reader.
-    compat = np.where(nr_pages >> _U64(32), _U64(0), nr_pages)
-    fields = (Field(1, vaddr), Field(2, compat), Field(4, flags), Field(5, nr_pages))
-    return start + encode_messages(fields, b"", b"\0\0\0")
+    yield header(Magic.PAGEMAP) + len(first).to_bytes(4, "little") + first
+    for table in tables:
+        for row in range(0, len(table), CHUNK_ROWS):
+            vaddr, nr_pages, flags = np.ascontiguousarray(table[row : row + CHUNK_ROWS].T, _U64)
+            # The old field has 32 bits. An entry of 16 TiB cannot be told to an old reader.
+            compat = np.where(nr_pages >> _U64(32), _U64(0), nr_pages)
+            fields = (Field(1, vaddr), Field(2, compat), Field(4, flags), Field(5, nr_pages))
+            yield encode_messages(fields, b"", b"\0\0\0")
 
 
 def decode_pagemap(data: bytes, path: Path) -> tuple[int, Entries]:
@@ -68,18 +90,55 @@ def decode_pagemap(data: bytes, path: Path) -> tuple[int, Entries]:
     :raises BadImage: it is no pagemap, or damaged: every entry that is returned is page aligned, not empty, ends
         below 2**64 and begins at or after the end of the one before.
     """
+    pages_id, tables = decode_in_parts(data, path)
+    found = list(tables)
+    return pages_id, np.concatenate(found) if found else empty_regions()
+
+
+def decode_in_parts(data: bytes, path: Path) -> tuple[int, Iterator[Entries]]:
+    """The same, the entries some ten thousand at a time; what is wrong with one is raised when it is its turn."""
     rest = body(data, Magic.PAGEMAP, path)
     if len(rest) < 4:
         raise truncated(path)
     size = int.from_bytes(rest[:4], "little")
     if len(rest) < 4 + size:
         raise truncated(path)
-    pages_id = _decode_head(rest[4 : 4 + size], path)
-    entries = _decode_usual(np.frombuffer(rest[4 + size :], np.uint8))
-    if entries is None:
-        entries = _decode_any(data, path)
-    _validate(entries, path)
-    return pages_id, entries
+    return _decode_head(rest[4 : 4 + size], path), _validated(_decode_entries(rest[4 + size :], path), path)
+
+
+class PagemapSummary(NamedTuple):
+    """What of a pagemap it takes to prove a chain, and to dump on top of it.
+
+    :ivar pages_id: the number of its pages image.
+    :ivar pages_present: pages in that.
+    :ivar holes: pages that are left to the parent.
+    :ivar covered: all pages that it lists.
+    :ivar lazy: the first page that is in neither, but left to a lazy-pages server; None without one.
+    """
+
+    pages_id: int
+    pages_present: int
+    holes: Runs
+    covered: Runs
+    lazy: int | None
+
+
+def summarise(data: bytes, path: Path) -> PagemapSummary:
+    """Decode and validate a whole pagemap image, and keep its summary alone.
+
+    :raises BadImage: as `decode_pagemap`.
+    """
+    pages_id, tables = decode_in_parts(data, path)
+    present, lazy = 0, None
+    holes, covered = [empty_runs()], [empty_runs()]
+    for table in tables:
+        flags = table[:, 2]
+        present += int(table[(flags & _U64(PE_PRESENT)) != 0, 1].sum())
+        holes.append(entry_runs(table[(flags & _U64(PE_PARENT)) != 0]))
+        covered.append(entry_runs(table))
+        left = table[(flags & _U64(PE_PARENT | PE_PRESENT)) == 0, 0]
+        lazy = int(left[0]) if lazy is None and len(left) else lazy
+    return PagemapSummary(pages_id, present, canonical(np.concatenate(holes)), canonical(np.concatenate(covered)), lazy)
 
 
 class Pagemap:
@@ -133,22 +192,19 @@ def _decode_head(record: memoryview, path: Path) -> int:
     return parse(pagemap_pb2.pagemap_head, raw, path).pages_id
 
 
-def _decode_usual(stream: NDArray[np.uint8]) -> Entries | None:
-    """Decode entries in the usual layout, a chunk at a time; None when any is in another (or is damaged)."""
-    tables = []
+def _decode_entries(stream: memoryview, path: Path) -> Iterator[Entries]:
+    """Decode entries: as long as they are in the usual layout, a chunk at a time; from the first other one on (or one
+    that is damaged), one by one."""
     at = 0
     while at < len(stream):
-        window = stream[at : at + _CHUNK_BYTES + _LONGEST]
-        is_last = at + len(window) == len(stream)
-        starts = _entry_starts(window, is_last)
-        if starts is None:
-            return None
-        table = _decode_fields(window, starts)
-        if table is None:
-            return None
-        tables.append(table)
+        window = np.frombuffer(stream[at : at + _CHUNK_BYTES + _LONGEST], np.uint8)
+        starts = _entry_starts(window, at + len(window) == len(stream))
+        table = None if starts is None else _decode_fields(window, starts)
+        if starts is None or table is None:
+            yield from _decode_any(stream[at:], path)
+            return
+        yield table
         at += int(starts[-1])
-    return np.concatenate(tables) if tables else empty_regions()
 
 
 def _entry_starts(window: NDArray[np.uint8], is_last: bool) -> NDArray[np.int64] | None:
@@ -214,33 +270,40 @@ def _read_varint(word: NDArray[np.uint64], out: NDArray[np.uint64]) -> NDArray[n
     return (exponent >> 3) + 1
 
 
-def _decode_any(data: bytes, path: Path) -> Entries:
+def _decode_any(stream: memoryview, path: Path) -> Iterator[Entries]:
     """Decode entries in any layout, one by one."""
     from incdump.images._pb import pagemap_pb2
 
     rows = array("Q")
-    for record in islice(unframe(data, Magic.PAGEMAP, path), 1, None):
+    for record in split_records(stream, path):
         entry = parse(pagemap_pb2.pagemap_entry, record, path)
         flags = entry.flags if entry.HasField("flags") else 0 if entry.in_parent else PE_PRESENT
         pages = entry.nr_pages if entry.HasField("nr_pages") else entry.compat_nr_pages
         rows.extend((entry.vaddr, pages, flags | PE_PARENT if entry.in_parent else flags))
-    return np.frombuffer(rows, _U64).reshape(-1, 3)
+        if len(rows) == 3 * CHUNK_ROWS:
+            yield np.frombuffer(rows, _U64).reshape(-1, 3)
+            rows = array("Q")
+    if rows:
+        yield np.frombuffer(rows, _U64).reshape(-1, 3)
 
 
-def _validate(entries: Entries, path: Path) -> None:
-    """Raise `BadImage` unless the entries are what any reader may rely on."""
-    for first in range(0, len(entries), CHUNK_ROWS):
-        # Each chunk begins with the last row of the one before, so that every row is held against its neighbour.
-        vaddr, pages, flags = np.ascontiguousarray(entries[max(0, first - 1) : first + CHUNK_ROWS].T)
+def _validated(tables: Iterable[Entries], path: Path) -> Iterator[Entries]:
+    """The same tables; raise `BadImage` unless the entries are what any reader may rely on."""
+    reach, total = _U64(0), 0.0
+    for table in tables:
+        vaddr, pages, flags = np.ascontiguousarray(table.T)
         _refuse((vaddr & _U64(PAGE_SIZE - 1)) != 0, vaddr, path, "is not page aligned")
         _refuse(pages - _U64(1) >= _U64((1 << 64 - PAGE_SHIFT) - 1), vaddr, path, "has no pages, or too many")
         end = vaddr + (pages << _U64(PAGE_SHIFT))
         _refuse(end <= vaddr, vaddr, path, "ends beyond 2**64")
         _refuse(~_GOOD_FLAGS[np.minimum(flags, _U64(8))], vaddr, path, "has impossible flags")
-        _refuse(vaddr[1:] < end[:-1], vaddr[1:], path, "begins before the end of the entry before it")
-    # In all, the pages image has to be addressable: a signed 64-bit offset.
-    if float(entries[:, 1].sum(dtype=np.float64)) >= 2.0 ** (63 - PAGE_SHIFT):
-        raise BadImage(f"{os.fspath(path)} is damaged: more pages than an address space has", path=path)
+        before = np.concatenate(([reach], end[:-1]))
+        _refuse(vaddr < before, vaddr, path, "begins before the end of the entry before it")
+        # In all, the pages image has to be addressable: a signed 64-bit offset.
+        reach, total = end[-1], total + float(pages.sum(dtype=np.float64))
+        if total >= 2.0 ** (63 - PAGE_SHIFT):
+            raise BadImage(f"{os.fspath(path)} is damaged: more pages than an address space has", path=path)
+        yield table
 
 
 def _refuse(wrong: NDArray[np.bool_], vaddr: NDArray[np.uint64], path: Path, what: str) -> None:

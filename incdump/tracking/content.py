@@ -16,6 +16,7 @@ from __future__ import annotations
 import secrets
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import TYPE_CHECKING, cast
 
@@ -61,7 +62,7 @@ def hash_pages(buffer: NDArray[np.uint8], seed: int) -> NDArray[np.uint64]:
     return np.frombuffer(joined, "<u8").reshape(-1, 2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HashTable:
     """The hashes of the pages that an images dir holds for one process or segment, itself or by its parents.
 
@@ -75,9 +76,9 @@ class HashTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def encode(self) -> bytes:
-        """The table as a file."""
-        return _HEADER.pack(_MAGIC, self.seed, len(self.rows)) + self.rows.tobytes()
+    def encode(self) -> tuple[bytes, memoryview]:
+        """The table as a file, in parts."""
+        return _HEADER.pack(_MAGIC, self.seed, len(self.rows)), self.rows.view(np.uint8).data
 
     @classmethod
     def decode(cls, data: bytes, path: str) -> HashTable:
@@ -91,7 +92,7 @@ class HashTable:
         if magic != _MAGIC or len(data) - _HEADER.size != count * _ROW.itemsize:
             raise BadImage(f"{path} is no table of page hashes, or damaged; dump without --prev-images-dir", path=path)
         rows = np.frombuffer(data, _ROW, count, _HEADER.size)
-        vaddr = rows["vaddr"]
+        vaddr = np.ascontiguousarray(rows["vaddr"])
         bad = (vaddr & np.uint64(PAGE_SIZE - 1)) | (vaddr >> np.uint64(63))
         if bad.any() or (vaddr[1:] <= vaddr[:-1]).any():
             raise BadImage(f"{path} is damaged or out of order; dump without --prev-images-dir", path=path)
@@ -103,18 +104,31 @@ class HashTable:
         :param addresses: shape (n,).
         :param hashes: shape (n, 2).
         """
-        if not len(self.rows):
-            return np.zeros(len(addresses), bool)
-        known = self.rows["vaddr"]
-        at = np.minimum(np.searchsorted(known, addresses), len(known) - 1)
-        row = self.rows[at]
-        same: NDArray[np.bool_] = row["vaddr"] == addresses
-        same &= (row["low"] == hashes[:, 0]) & (row["high"] == hashes[:, 1])
+        at, same = self._find(addresses)
+        if same.any():
+            row = self.rows[at]
+            same &= (row["low"] == hashes[:, 0]) & (row["high"] == hashes[:, 1])
         return same
+
+    def has(self, addresses: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """For each page, whether the table has it."""
+        return self._find(addresses)[1]
+
+    def _find(self, addresses: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Where each page is, or would be, and whether it is there."""
+        if not len(self.rows):
+            return np.zeros(len(addresses), np.int64), np.zeros(len(addresses), bool)
+        at = np.minimum(self._vaddr.searchsorted(addresses), len(self.rows) - 1)
+        return at, self._vaddr[at] == addresses
+
+    @cached_property
+    def _vaddr(self) -> NDArray[np.uint64]:
+        """The addresses; contiguous, unlike the table's column."""
+        return np.ascontiguousarray(self.rows["vaddr"])
 
     def known(self) -> Runs:
         """The pages that it has."""
-        return runs_of_pages(self.rows["vaddr"])
+        return runs_of_pages(self._vaddr)
 
 
 class HashCollector:
@@ -135,16 +149,19 @@ class HashCollector:
         self._pieces.append(rows)
 
     def table(self, drop: Runs | None = None) -> HashTable:
-        """What was gathered, in order; of a page that was noted twice, the later: it was read for the images then.
+        """What was gathered since the last call, in order; of a page noted twice, the later: it was read to be written.
 
         :param drop: pages to leave out: they could not be read after all.
         """
-        rows = np.concatenate(self._pieces) if self._pieces else np.empty(0, _ROW)
-        rows = rows[np.argsort(rows["vaddr"], kind="stable")]
-        rows = rows[np.append(rows["vaddr"][1:] != rows["vaddr"][:-1], True)[: len(rows)]]
+        pieces, self._pieces = self._pieces, []
+        rows = np.concatenate([np.empty(0, _ROW), *pieces])
+        pieces.clear()
+        order = np.argsort(rows["vaddr"], kind="stable")
+        vaddr = rows["vaddr"][order]
+        kept = np.append(vaddr[1:] != vaddr[:-1], True)[: len(rows)]
         if drop is not None and len(drop):
-            rows = rows[~member(drop, rows["vaddr"])]
-        return HashTable(self.seed, rows)
+            kept &= ~member(drop, vaddr)
+        return HashTable(self.seed, rows[order[kept]])
 
 
 def unchanged_pages(
@@ -164,7 +181,7 @@ def unchanged_pages(
     :returns: the unchanged pages, and how many were compared.
     """
     addresses = page_addresses(candidates)
-    addresses = addresses[np.isin(addresses, parent.rows["vaddr"], assume_unique=True)]
+    addresses = addresses[parent.has(addresses)]
     kept: list[NDArray[np.uint64]] = []
     for first in range(0, len(addresses), BATCH_PAGES):
         batch = addresses[first : first + BATCH_PAGES]

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.model.runs import canonical, empty_runs, page_count, run
+from incdump.model.runs import PAGE_SHIFT, canonical, empty_runs, page_count, run
 
 if TYPE_CHECKING:
     from incdump.model.runs import Runs
 
-COALESCE_RUNS = 1 << 16
-"""Above so many pieces the ledger is put in order, which merges those that touch; where few do, it waits for twice as
-many as were left the last time."""
+MOST_RUNS = 1 << 16
+"""Above so many pieces the ledger is put in order, which merges those that touch; where that does not leave half as
+many, those that are near each other become one: a page that is given back in excess is only written once more."""
 
 
 class Ledger:
@@ -30,7 +30,6 @@ class Ledger:
         self.lock = threading.Lock()
         self._pieces: list[Runs] = []
         self._count = 0
-        self._limit = COALESCE_RUNS
         self._closed = False
         self._recording = threading.Lock()
 
@@ -52,17 +51,16 @@ class Ledger:
         with self._recording:
             self._pieces.append(np.array(runs[:, :2], np.uint64))
             self._count += len(runs)
-            if self._count > self._limit and len(self._pieces) > 1:
-                self._pieces = [canonical(np.concatenate(self._pieces))]
+            if self._count > MOST_RUNS:
+                self._pieces = [coarser(canonical(np.concatenate(self._pieces)), MOST_RUNS // 2)]
                 self._count = len(self._pieces[0])
-                self._limit = max(COALESCE_RUNS, 2 * self._count)
 
     def record_span(self, lo: int, hi: int) -> None:
         """Note a whole span as taken: what was in it is not known."""
         self.record(run(lo, hi))
 
     def taken(self) -> Runs:
-        """All pages taken so far."""
+        """All pages taken so far and, if they came in very many pieces, some around them."""
         return canonical(np.concatenate(self._pieces)) if self._pieces else empty_runs()
 
     def close(self) -> Runs:
@@ -70,3 +68,15 @@ class Ledger:
         with self.lock:
             self._closed = True
             return self.taken()
+
+
+def coarser(runs: Runs, most: int) -> Runs:
+    """The same pages and, if they come in more than `most` runs, some between them: of the same aligned block."""
+    grain = PAGE_SHIFT + 1
+    while len(runs) > most:
+        mask = np.uint64((1 << grain) - 1)
+        starts = np.maximum(runs[:, 0] & ~mask, runs[0, 0])
+        ends = np.minimum((runs[:, 1] + mask) & ~mask, runs[-1, 1])  # never beyond the address space
+        runs = canonical(np.stack((starts, ends), axis=1))
+        grain += 1
+    return runs

@@ -33,7 +33,7 @@ from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import ScanReader
-from incdump.tracking.ledger import Ledger
+from incdump.tracking.ledger import Ledger, coarser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,9 +228,9 @@ class UffdWpRound:
         self, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool
     ) -> Iterator[Window]:
         """Get and clear everything first, then look at the entries: what either calls written, is."""
-        for _ in self._taking_scan(vmas.select(watched), rearm, also=PageIs.WRITTEN):
-            pass
-        written = self.ledger.taken()
+        taken = self._taking_scan(vmas.select(watched), rearm, also=PageIs.WRITTEN)
+        pieces = [canonical(window.regions[:, :2]) for window in taken]
+        written = canonical(np.concatenate([empty_runs(), *pieces]))
         spans = canonical(vmas.spans(watched))
         for window in unvouched(reader.windows(self._pagemap_fd, vmas)):
             regions = mark(window.regions, spans, PageIs.WPALLOWED)
@@ -245,7 +245,7 @@ class UffdWpRound:
         """
         if runs is None:
             runs = self.ledger.close()
-        left = self._unprotect_all(subtract(_coarser(runs), self._foreign))
+        left = self._unprotect_all(subtract(coarser(runs, _MAX_GIVE_BACK), self._foreign))
         # Part of what is left is mapped no more, or is not watched any more: the rest is given back mapping by mapping,
         # until only whole mappings are left, which are not watched. New ones may come meanwhile.
         for _ in range(_MOST_TRIES if len(left) else 0):
@@ -313,14 +313,3 @@ def _overlaps(runs: Runs, spans: Runs) -> Runs:
     run = np.repeat(np.arange(len(runs)), count)
     span = spans[np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(run))]
     return np.stack((np.maximum(runs[run, 0], span[:, 0]), np.minimum(runs[run, 1], span[:, 1])), axis=1)
-
-
-def _coarser(runs: Runs) -> Runs:
-    """The same pages and, if they come in too many runs, some around them."""
-    grain = 16
-    while len(runs) > _MAX_GIVE_BACK:
-        mask = np.uint64((1 << grain) - 1)
-        wide = np.stack((runs[:, 0] & ~mask, (runs[:, 1] + mask) & ~mask), axis=1)
-        runs = canonical(wide)
-        grain += 1
-    return runs

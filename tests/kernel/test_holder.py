@@ -79,7 +79,8 @@ async def test_untrack_leaves_nothing(odd: Odd, images_root: Path) -> None:
         assert await incdump.untrack(odd.pid) == [odd.pid]
         assert watched_vmas(odd.pid) == []
         assert sorted(open_fds(odd.pid)) == descriptors
-        wait_readable(pidfd)
+        wait_readable(pidfd, seconds=0)
+        assert os.listdir(wire.runtime_dir()) == []
     finally:
         os.close(pidfd)
     assert await incdump.untrack(odd.pid) == []
@@ -88,6 +89,14 @@ async def test_untrack_leaves_nothing(odd: Odd, images_root: Path) -> None:
     await chain.predump()
     assert not chain.last.incremental
     await chain.prove()
+
+
+async def test_untrack_leaves_nothing_of_a_holder_that_was_killed_either(odd: Odd, images_root: Path) -> None:
+    await incdump.predump(odd.pid, images_root / "1")
+    kill_holder()
+    assert os.listdir(wire.runtime_dir()) != []
+    assert await incdump.untrack(None) == []
+    assert os.listdir(wire.runtime_dir()) == []
 
 
 async def test_untrack_all_gives_up_every_target(images_root: Path) -> None:

@@ -220,6 +220,10 @@ class Target:
         """(rewriter) Rewrite a share of all pages; returns how many pages."""
         return int(self.command(f"dirty {percent} {seed}").removeprefix("ok "))
 
+    def stripe(self, step: int, seed: int) -> int:
+        """(rewriter) Rewrite every `step`-th page; returns how many pages."""
+        return int(self.command(f"stripe {step} {seed}").removeprefix("ok "))
+
     def where(self) -> int:
         """(churn) The address of a page that the target checks; only between steps."""
         return int(self.command("where").removeprefix("where "), 16)

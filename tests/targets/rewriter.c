@@ -7,6 +7,7 @@
  *
  *   ready PID                the first line of output
  *   dirty PERCENT SEED       rewrites this share of all pages, each once       ok PAGES
+ *   stripe STEP SEED         rewrites every STEP-th page                       ok PAGES
  *   rate P                   rewrites P pages a second from now on (0: none)   ok
  *   written                  pages rewritten by the rate so far                ok PAGES
  *   quit (or end of input)   ends
@@ -101,6 +102,17 @@ static size_t dirty(double percent, uint64_t seed)
 	return count < pages ? count : pages;
 }
 
+/* As many runs of pages as there can be. */
+static size_t stripe(size_t step, uint64_t seed)
+{
+	size_t count = 0;
+
+	state = seed * 2 + 1;
+	for (size_t page = 0; page < pages; page += step, count++)
+		rewrite(page);
+	return count;
+}
+
 static double now(void)
 {
 	struct timespec t;
@@ -128,6 +140,7 @@ static int serve(void)
 	size_t written = 0;
 	double percent;
 	unsigned long long seed;
+	size_t step;
 
 	for (;;) {
 		written = run_free(written);
@@ -135,6 +148,8 @@ static int serve(void)
 			return 0;
 		if (sscanf(line, "dirty %lf %llu", &percent, &seed) == 2)
 			printf("ok %zu\n", dirty(percent, seed));
+		else if (sscanf(line, "stripe %zu %llu", &step, &seed) == 2 && step)
+			printf("ok %zu\n", stripe(step, seed));
 		else if (sscanf(line, "rate %lf", &rate) == 1)
 			printf("ok\n");
 		else if (!strcmp(line, "written\n"))

@@ -6,6 +6,9 @@ import array
 import json
 import os
 import socket
+import threading
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +20,6 @@ from tests.unit.pagesets import moderately, thoroughly
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -273,3 +275,40 @@ def test_a_runtime_directory_of_somebody_else_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(PermissionError):
         wire.runtime_dir()
+
+
+def test_who_waits_for_the_lock_while_a_holder_ends_gets_the_next_one(tmp_path: Path) -> None:
+    """The file that was waited for is gone by then: a lock on it would keep nobody out."""
+    ending = wire.lock_socket(str(tmp_path))
+    with pytest.raises(BlockingIOError):
+        wire.lock_socket(str(tmp_path), wait=False)
+    got: list[int] = []
+    waiting = threading.Thread(target=lambda: got.append(wire.lock_socket(str(tmp_path))))
+    waiting.start()
+    until_blocked_in_flock(waiting)
+    wire.remove_traces(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    os.close(ending)
+    waiting.join(10)
+    with pytest.raises(BlockingIOError):
+        wire.lock_socket(str(tmp_path), wait=False)
+    os.close(got[0])
+    os.close(wire.lock_socket(str(tmp_path), wait=False))
+
+
+def until_blocked_in_flock(thread: threading.Thread) -> None:
+    """Wait until a thread waits for a file lock, as /proc/locks tells."""
+    for _ in range(1000):
+        waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+        if any(f" {os.getpid()} " in line for line in waiting):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{thread} does not wait")
+
+
+def test_a_log_with_something_in_it_is_left(tmp_path: Path) -> None:
+    (tmp_path / wire.LOG).write_text("Traceback")
+    lock = wire.lock_socket(str(tmp_path))
+    wire.remove_traces(str(tmp_path))
+    os.close(lock)
+    assert os.listdir(tmp_path) == [wire.LOG]

@@ -300,5 +300,3 @@ class TestTheDirectory:
         for pid in range(1, count + 1):
             assert np.array_equal(images.pagemap(pid), table([(pid, 1, P)]))
         assert len(images._pagemaps) == images_dir._CACHED_PAGEMAPS
-        images.forget()
-        assert len(images._pagemaps) == 0

@@ -224,7 +224,9 @@ def test_damaged_bytes_are_refused_or_read_as_protobuf_reads_them(entries: Entri
         _, decoded = decode_pagemap(bytes(data), "x")
     except BadImage:
         return
-    assert np.array_equal(decoded, pagemap._decode_any(bytes(data), "x"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagemap, "_entry_starts", lambda _window, _is_last: None)
+        assert np.array_equal(decoded, decode_pagemap(bytes(data), "x")[1])
 
 
 @settings(deadline=None)

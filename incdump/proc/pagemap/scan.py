@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from incdump.model.runs import Regions, Runs
     from incdump.model.vmas import VmaTable
 
-_SCAN_REGIONS = 65536
+_SCAN_REGIONS = 32768
 _SCAN_PAGES = 512 << 20 >> PAGE_SHIFT
 _FIRST_SCAN_PAGES = 8 << 20 >> PAGE_SHIFT  # the writers wait for the first window
 _ALL_PAGES = 1 << 52
@@ -144,7 +144,7 @@ class ScanReader:
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
         """See `PagemapReader.windows`.
 
-        A window holds at most 131,072 regions and, read in steps, 1.5 GiB of matching pages; the first ones hold less.
+        A window holds at most 65,536 regions and, read in steps, 1.5 GiB of matching pages; the first ones hold less.
         """
         wanted = join_near(wanted_spans(vmas), 0)
         if not len(wanted):
