@@ -10,6 +10,7 @@ import pytest
 
 from incdump import kerndat
 from incdump._uapi import mapping
+from incdump.kerndat import pagemap, soft_dirty_bits, trying, uffd_wp
 from incdump.model.regions import PageIs
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _moving(mapped: list[tuple[int, int]], real: Any) -> Any:
 
 
 def test_without_pagemap_scan_nothing_that_needs_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kerndat, "scan_ioctl", refuse(errno.ENOTTY))
+    monkeypatch.setattr(trying, "pagemap_scan", refuse(errno.ENOTTY))
     assert kerndat.scan_categories() == 0
     assert "ENOTTY" in kerndat.pagemap_scan().why
     for feature in (kerndat.pagemap_scan(), kerndat.pagemap_scan_guard(), kerndat.uffd_wp_async()):
@@ -94,14 +95,14 @@ def test_a_kernel_that_knows_fewer_categories_is_asked_for_fewer(monkeypatch: py
     if not kerndat.pagemap_scan().works:
         pytest.skip("this kernel has no PAGEMAP_SCAN")
     kerndat.scan_categories.cache_clear()
-    real = kerndat.scan_ioctl
+    real = trying.pagemap_scan
 
     def old(*args: Any, returned: int, **kwargs: Any) -> tuple[int, int]:
         if returned & (PageIs.GUARD | PageIs.SOFT_DIRTY):
             raise OSError(errno.EINVAL, "made up")
         return real(*args, returned=returned, **kwargs)
 
-    monkeypatch.setattr(kerndat, "scan_ioctl", old)
+    monkeypatch.setattr(trying, "pagemap_scan", old)
     assert kerndat.scan_categories() == sum(PageIs) - PageIs.GUARD - PageIs.SOFT_DIRTY
     assert not kerndat.pagemap_scan_guard().works
 
@@ -127,20 +128,20 @@ def _except(value: int, real: Any) -> Any:
 
 def test_write_protection_that_leaks_through_a_move_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_uffd_wp()
-    real = kerndat._scan
+    real = trying.own_scan
 
     def leaking(address: int, pages: int, *, flags: int = 0, **kwargs: int) -> list[tuple[int, int]]:
         found = real(address, pages, flags=flags, **kwargs)
         return found if flags or pages != 8 else [(0, 4)]
 
-    monkeypatch.setattr(kerndat, "_scan", leaking)
+    monkeypatch.setattr(uffd_wp, "own_scan", leaking)
     feature = kerndat.uffd_wp_async()
     assert not feature.works
     assert "moved" in feature.why
 
 
 def test_no_userfaultfd_is_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kerndat.userfaultfd, "open_userfaultfd", refuse(errno.EPERM))
+    monkeypatch.setattr(uffd_wp.userfaultfd, "open_userfaultfd", refuse(errno.EPERM))
     assert not kerndat.userfaultfd_user_mode().works
     assert not kerndat.uffd_wp_async().works
     if kerndat.pagemap_scan().works:
@@ -150,8 +151,8 @@ def test_no_userfaultfd_is_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_soft_dirty_is_believed_only_when_the_bit_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
     bits = iter([1 << 55, 0, 1 << 55])
-    monkeypatch.setattr(kerndat, "_pme", lambda address: next(bits))
-    monkeypatch.setattr(kerndat.os, "write", lambda fd, data: written.append(data) or len(data))
+    monkeypatch.setattr(soft_dirty_bits, "pme", lambda address: next(bits))
+    monkeypatch.setattr(soft_dirty_bits.os, "write", lambda fd, data: written.append(data) or len(data))
     assert kerndat.soft_dirty().works
     assert written == [b"4"]
     for sequence in ([0], [1 << 55, 1 << 55], [1 << 55, 0, 0]):
@@ -162,8 +163,8 @@ def test_soft_dirty_is_believed_only_when_the_bit_comes_and_goes(monkeypatch: py
 
 def test_clear_refs_is_left_alone_where_the_bit_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
-    monkeypatch.setattr(kerndat, "_pme", lambda address: 1 << 63)
-    monkeypatch.setattr(kerndat.os, "write", lambda fd, data: written.append(data) or len(data))
+    monkeypatch.setattr(soft_dirty_bits, "pme", lambda address: 1 << 63)
+    monkeypatch.setattr(soft_dirty_bits.os, "write", lambda fd, data: written.append(data) or len(data))
     assert not kerndat.soft_dirty().works
     assert written == []
 
@@ -178,6 +179,6 @@ def test_the_zero_page_is_the_same_frame_everywhere() -> None:
 
 
 def test_hidden_frame_numbers_are_no_zero_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kerndat, "_pme", lambda address: 1 << 63)
+    monkeypatch.setattr(pagemap, "pme", lambda address: 1 << 63)
     assert kerndat.zero_page_pfn() is None
     assert not kerndat.page_frame_numbers().works
