@@ -77,6 +77,7 @@ class Arch:
     alignment: int
 
     sys_close: int
+    sys_getpid: int
     sys_ioctl: int
     sys_ptrace: int
     sys_futex: int
@@ -193,6 +194,7 @@ _X86_64 = Arch(
     instruction=b"\x0f\x05",
     alignment=1,
     sys_close=3,
+    sys_getpid=39,
     sys_ioctl=16,
     sys_ptrace=101,
     sys_futex=202,
@@ -236,6 +238,7 @@ _AARCH64 = Arch(
     instruction=b"\x01\x00\x00\xd4",
     alignment=4,
     sys_close=57,
+    sys_getpid=172,
     sys_ioctl=29,
     sys_ptrace=117,
     sys_futex=98,

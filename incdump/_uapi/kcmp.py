@@ -8,6 +8,7 @@ from __future__ import annotations
 from incdump._uapi.arch import ARCH
 from incdump._uapi.libc import syscall
 
+KCMP_FILE = 0
 KCMP_VM = 1
 KCMP_FILES = 2
 
@@ -16,5 +17,13 @@ def shares(pid: int, other: int, what: int) -> bool:
     """Whether two tasks share what `what` says; False where it cannot be told (another user's, no kcmp(2), gone)."""
     try:
         return syscall(ARCH.sys_kcmp, pid, other, what, 0, 0) == 0
+    except OSError:
+        return False
+
+
+def same_file(pid: int, fd: int, other: int, other_fd: int) -> bool:
+    """Whether descriptors of two tasks mean the same open file; False where it cannot be told."""
+    try:
+        return syscall(ARCH.sys_kcmp, pid, other, KCMP_FILE, fd, other_fd) == 0
     except OSError:
         return False

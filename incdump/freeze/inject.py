@@ -8,7 +8,8 @@ The steps, all in a thread of our own that ends afterwards (the kernel then lets
 3. Save registers and signal mask; block all signals.
 4. Go to the instruction with the number and arguments in registers, up to the exit of the call (PTRACE_SYSCALL: unlike
    single-stepping it sends no SIGTRAP, which would reset a handler that the target has blocked or ignores).
-5. Copy the descriptor with pidfd_getfd(2), and have the thread close its own with a second call.
+5. Copy the descriptor with pidfd_getfd(2), and have the thread close its own with a second call. If another thread
+   forks in between, the child has it too, until it has a call made itself: then that copy is closed as well.
 6. Put everything back, detach. The kernel looks at the registers again on the way out, and restarts the system call
    that the stop interrupted, if it was in one.
 
@@ -18,8 +19,9 @@ had no timeout, waits again (`incdump.freeze.interrupted`).
 
 On aarch64 the kernel has already rewound an interrupted call when a tracer gets to see it. At the exit of our own call
 the thread is made to look as if the interrupted one had just returned there, with the result that stands for what it
-is, so that the kernel decides once more, and knows of signals that came meanwhile. The first argument, which it takes
-from where no register set reaches (orig_x0), is what x0 held at the entry to our call: our own comes after that.
+is, so that the kernel decides once more, and knows of signals that came meanwhile. The first argument it takes from
+where no register set reaches (orig_x0): what x0 held at the entry to our call, before a tracer had changed it or after
+that (Linux 6.12.107 and 6.12.117 differ). So the last call of all is getpid(2), with x0 as it was.
 
 Nothing here may be loaded with NumPy or anyio: the small holder process uses it.
 """
@@ -35,10 +37,11 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
+from incdump._uapi.kcmp import same_file
 from incdump._uapi.pidfd import open_for_thread, pidfd_getfd
 from incdump.errors import (
     InjectionFailed,
@@ -51,7 +54,7 @@ from incdump.freeze.interrupted import Call, is_instruction, look, spare_eintr, 
 from incdump.freeze.stops import held_signal, in_real_time, is_event_stop, is_syscall_stop, sleep_exactly, wait_for_stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 STOP_TIMEOUT = 1.0
 """Seconds to wait for one thread to stop, before another is tried."""
@@ -65,10 +68,24 @@ class _Unstoppable(Exception):
     """The thread did not stop in time, or has exited: another may do."""
 
 
-def inject_userfaultfd(pid: int, flags: int, *, on_stopped: Callable[[], None] | None = None) -> tuple[int, int]:
+class Held(NamedTuple):
+    """A userfaultfd that was made before.
+
+    :ivar pid: of the process that holds it.
+    :ivar fd: its descriptor there.
+    """
+
+    pid: int
+    fd: int
+
+
+def inject_userfaultfd(
+    pid: int, flags: int, *, held: Sequence[Held] = (), on_stopped: Callable[[], None] | None = None
+) -> tuple[int, int]:
     """Have process `pid` create a userfaultfd for its address space, and take it over.
 
     :param flags: of userfaultfd(2): ``O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY``.
+    :param held: userfaultfds of which the process closes the copies it may have (from its parent, see above).
     :param on_stopped: called when the thread stands still and nothing has been changed yet; what it raises is raised.
     :returns: the descriptor, close-on-exec, which the caller closes; and the microseconds for which one thread of the
         target was kept from running.
@@ -81,7 +98,7 @@ def inject_userfaultfd(pid: int, flags: int, *, on_stopped: Callable[[], None] |
     """
     if pid == os.getpid():
         raise TargetUnsuitable(f"process {pid} is this very process: it needs no injection", pid=pid)
-    work = _Work(pid, flags, on_stopped)
+    work = _Work(pid, flags, held, on_stopped)
     try:
         _run_to_the_end(work)
     except BaseException:
@@ -114,9 +131,10 @@ def _run_to_the_end(work: _Work) -> None:
 class _Work:
     """What the thread does, and what came of it."""
 
-    def __init__(self, pid: int, flags: int, on_stopped: Callable[[], None] | None) -> None:
+    def __init__(self, pid: int, flags: int, held: Sequence[Held], on_stopped: Callable[[], None] | None) -> None:
         self.pid = pid
         self.flags = flags
+        self.held = held
         self.on_stopped = on_stopped
         self.fd = -1
         self.stopped = 0
@@ -158,6 +176,7 @@ class _Work:
         """Do it with one thread."""
         at = find_instruction(self.pid, candidate.tid)
         pidfd = _open_pidfd(self.pid, candidate.tid)
+        copies = _copies(candidate.tid, self.held)
         try:
             thread = _Thread(self.pid, candidate, at)
             began = time.monotonic_ns()
@@ -167,7 +186,7 @@ class _Work:
                 if self.on_stopped is not None:
                     self.on_stopped()
                 with _ptrace_errors(self.pid):
-                    fd, problem = thread.make_userfaultfd(pidfd, self.flags)
+                    fd, problem = thread.make_userfaultfd(pidfd, self.flags, copies)
             finally:
                 thread.let_go()
                 self.stopped = (time.monotonic_ns() - began) // 1000
@@ -214,6 +233,17 @@ def _open_pidfd(pid: int, tid: int) -> int:
         if e.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
             raise _Unstoppable from None
         raise
+
+
+def _copies(tid: int, held: Sequence[Held]) -> list[tuple[int, Held]]:
+    """The descriptors of a thread that are copies of userfaultfds that are held."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{tid}/fd") if held else ():
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{tid}/fd/{name}") == _UFFD_LINK:
+                    found.append(int(name))
+    return [(fd, other) for fd in found for other in held if same_file(tid, fd, other.pid, other.fd)]
 
 
 @dataclass(slots=True)
@@ -264,9 +294,10 @@ class _Thread:
             raise _Unstoppable
         self.is_stopped = True
 
-    def make_userfaultfd(self, pidfd: int, flags: int) -> tuple[int, str]:
+    def make_userfaultfd(self, pidfd: int, flags: int, copies: Sequence[tuple[int, Held]]) -> tuple[int, str]:
         """Make the call, copy its result, close the original.
 
+        :param copies: descriptors to be closed as well, if they still are copies of these.
         :returns: our descriptor; or -errno and what failed.
         :raises InjectionFailed: nothing was changed, it would not have been safe.
         :raises TargetExited: the target was killed meanwhile.
@@ -281,6 +312,9 @@ class _Thread:
             ours = -(e.errno or errno.EIO)
         try:
             self._call(ARCH.sys_close, theirs)
+            for fd, other in copies:
+                if same_file(self.tid, fd, other.pid, other.fd):
+                    self._call(ARCH.sys_close, fd)
         except BaseException:
             if ours >= 0:
                 os.close(ours)
@@ -408,7 +442,10 @@ class _Thread:
             ptrace.set_syscall(self.tid, -1)
 
     def _put_back(self, registers: ctypes.Array[ctypes.c_uint64]) -> None:
-        """Its own registers; on aarch64, at the exit from a call: as that call's, interrupted."""
+        """Its own registers; on aarch64, after a call: as those of one with its first argument, interrupted."""
+        if self.restart is not None and self.is_at_exit:
+            with contextlib.suppress(InjectionFailed):
+                self._call(ARCH.sys_getpid)
         if self.restart is None or not self.is_at_exit:
             self._set_registers(registers)
             return

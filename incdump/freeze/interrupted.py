@@ -4,20 +4,22 @@ On x86_64 the kernel decides after the stop what becomes of an interrupted call,
 (`incdump._uapi.arch.Arch.spare_eintr`). On aarch64 it has decided before a tracer gets to see the thread:
 
 - Most calls it has rewound: pc is at the instruction again, x0 holds the first argument again.
-- A wait that fails with EINTR (epoll_pwait, rt_sigtimedwait, semop) has that in x0. Its first argument is in no
-  register set, but the kernel still has it, and shows it in /proc/TID/syscall once it is told, by NT_ARM_SYSTEM_CALL,
-  that the thread is in the call. Such a wait is rewound here.
+- A wait that fails with EINTR (epoll_pwait, rt_sigtimedwait, semop) has that in x0, and its first argument is in no
+  register set. Such a wait is rewound here.
 
 It must have been our stop that made the wait fail, and not a signal whose handler returns at that very moment. That is
 certain of a thread that was seen waiting there when we were its tracer already (`look`): a signal would have shown.
-Of a thread that got there afterwards it is taken to be so if the argument is an epoll descriptor; in all other cases
-the wait does fail with EINTR, as signal(7) allows.
+What /proc/TID/syscall said then is the argument. Of a thread that got there afterwards some kernels still tell it, once
+they are told by NT_ARM_SYSTEM_CALL that the thread is in the call (Linux 6.12.107, not 6.12.117); if it is an epoll
+descriptor, our stop is taken to have been the reason. In all other cases the wait does fail with EINTR, as signal(7)
+allows.
 
 This module is stdlib only: the small holder process uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass
@@ -84,12 +86,8 @@ def spare_eintr(pid: int, tid: int, registers: Registers, seen: Call | None) -> 
     number, pc = registers[ARCH.number], registers[ARCH.pc]
     if not ARCH.is_spoilt(registers, number) or not is_instruction(tid, pc - _STEP):
         return False
-    ptrace.set_syscall(tid, number)
-    try:
-        call = _read_call(pid, tid)
-    finally:
-        ptrace.set_syscall(tid, -1)
-    if call is None or not (was_waiting(registers, seen, pc) or _is_epoll(pid, tid, call)):
+    call = seen if was_waiting(registers, seen, pc) else _epoll_wait(pid, tid, number)
+    if call is None:
         return False
     registers[ARCH.result] = call.first
     registers[ARCH.pc] = pc - _STEP
@@ -122,10 +120,18 @@ def is_instruction(tid: int, address: int) -> bool:
         return False
 
 
-def _is_epoll(pid: int, tid: int, call: Call) -> bool:
-    if call.number not in ARCH.epoll_waits:
-        return False
+def _epoll_wait(pid: int, tid: int, number: int) -> Call | None:
+    """The wait that a stopped thread comes from, if the kernel tells its argument, and that is an epoll descriptor."""
+    if number not in ARCH.epoll_waits:
+        return None
+    ptrace.set_syscall(tid, number)
     try:
-        return os.readlink(f"/proc/{pid}/task/{tid}/fd/{call.first & 0xFFFFFFFF}") == _EPOLL_LINK
-    except OSError:
-        return False
+        call = _read_call(pid, tid)
+    finally:
+        ptrace.set_syscall(tid, -1)
+    if call is None:
+        return None
+    with contextlib.suppress(OSError):
+        if os.readlink(f"/proc/{pid}/task/{tid}/fd/{call.first & 0xFFFFFFFF}") == _EPOLL_LINK:
+            return call
+    return None

@@ -240,7 +240,7 @@ class OwnKeeper:
         uffd, generation = self._held.get(key, (-1, None))
         started, stopped = uffd < 0 or renew, 0
         if started:
-            fresh, stopped = _make_uffd_apart(pid)
+            fresh, stopped = _make_uffd_apart(pid, [held for held, _ in list(self._held.values())])
             if uffd >= 0:
                 os.close(uffd)
             uffd, generation = fresh, None
@@ -274,12 +274,13 @@ class OwnKeeper:
         self._busy.clear()
 
 
-def _make_uffd_apart(pid: int) -> tuple[int, int]:
+def _make_uffd_apart(pid: int, held: list[int]) -> tuple[int, int]:
     """Have a helper process make the userfaultfd, see `incdump.holder.oneshot`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            helper = _spawn("incdump.holder.oneshot", [str(pid), str(theirs.fileno())], (theirs.fileno(),))
+            arguments = map(str, (pid, theirs.fileno(), os.getpid(), *held))
+            helper = _spawn("incdump.holder.oneshot", list(arguments), (theirs.fileno(),))
         ours.settimeout(START_TIMEOUT)
         try:
             answer, fds = wire.receive(ours)

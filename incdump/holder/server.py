@@ -28,17 +28,18 @@ from typing import TYPE_CHECKING, Any
 
 from incdump._uapi import userfaultfd as uapi
 from incdump.errors import IncdumpError
-from incdump.freeze.inject import inject_userfaultfd
+from incdump.freeze.inject import Held, inject_userfaultfd
 from incdump.holder import wire
 from incdump.proc.identity import identify, open_pidfd
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 LINGER = 5.0
 """Seconds without target and client after which the holder ends, unless it was told that no more are to come."""
 
 _PR_SET_NAME = 15
+_FLAGS = uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 @dataclass(slots=True)
@@ -64,14 +65,15 @@ class Target:
         self.uffd = self.pidfd = -1
 
 
-def make_tracking_uffd(pid: int) -> tuple[int, int]:
+def make_tracking_uffd(pid: int, held: Sequence[Held] = ()) -> tuple[int, int]:
     """A userfaultfd of another process's address space, ready for asynchronous write protection.
 
+    :param held: those of other processes, see `inject_userfaultfd`.
     :returns: the descriptor, and the microseconds for which one thread of the target was stopped.
     :raises incdump.errors.TargetError: the target does not allow it.
     """
     with _signals_wait():
-        uffd, stopped = inject_userfaultfd(pid, uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        uffd, stopped = inject_userfaultfd(pid, _FLAGS, held=held)
     try:
         uapi.api(uffd, uapi.FEATURE_WP_ASYNC | uapi.FEATURE_WP_UNPOPULATED)
     except OSError:
@@ -211,7 +213,8 @@ class Holder:
                 os.close(target.uffd)
                 target.uffd = -1
             try:
-                target.uffd, stopped = make_tracking_uffd(pid)
+                held = [Held(os.getpid(), other.uffd) for other in self.targets.values() if other.uffd >= 0]
+                target.uffd, stopped = make_tracking_uffd(pid, held)
             except BaseException:
                 self._remove(target)
                 raise

@@ -17,7 +17,8 @@ import pytest
 import incdump
 from incdump.errors import HolderError
 from incdump.holder import wire
-from incdump.holder.client import HolderKeeper, connect, held_targets
+from incdump.holder.client import HolderKeeper, OwnKeeper, connect, held_targets
+from incdump.proc.identity import identify
 from tests.kernel.support import (
     Chain,
     Odd,
@@ -31,6 +32,7 @@ from tests.kernel.support import (
     wait_readable,
     watched_vmas,
 )
+from tests.targets.build import cat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +115,23 @@ async def test_a_process_that_exits_is_let_go(odd: Odd, images_root: Path) -> No
     assert sorted(tracked_pids()) == [odd.pid, child]
     odd.do(f"reap {child}")
     until(lambda: tracked_pids() == [odd.pid])
+
+
+@pytest.mark.parametrize("keeper", [HolderKeeper, OwnKeeper])
+async def test_a_child_that_was_forked_with_the_userfaultfd_is_rid_of_it_when_it_is_tracked(
+    odd: Odd, keeper: type[HolderKeeper | OwnKeeper]
+) -> None:
+    """As it happens when a thread of the target forks while another one has the descriptor for a moment."""
+    keeps = keeper()
+    try:
+        lease = keeps.acquire(odd.pid, identify(odd.pid).start_time)
+        with cat(pass_fds=(lease.uffd,)) as child:
+            assert "anon_inode:[userfaultfd]" in open_fds(child.pid)
+            keeps.acquire(child.pid, identify(child.pid).start_time).close()
+            assert "anon_inode:[userfaultfd]" not in open_fds(child.pid)
+        lease.close()
+    finally:
+        keeps.close()
 
 
 async def test_two_dumps_of_one_process_at_once_are_refused(odd: Odd, images_root: Path) -> None:

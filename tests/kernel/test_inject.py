@@ -24,7 +24,7 @@ from incdump._uapi.arch import ARCH, ARCHS, ERESTART_RESTARTBLOCK, ERESTARTNOHAN
 from incdump.errors import AlreadyTraced, InjectionFailed, NoSuchTarget, TargetExited, TargetUnsuitable
 from incdump.freeze import inject
 from incdump.freeze.choice import candidates
-from incdump.freeze.inject import inject_userfaultfd
+from incdump.freeze.inject import Held, inject_userfaultfd
 from incdump.freeze.seize import Freezer
 from tests.kernel.freeze_kit import (
     EINTR,
@@ -99,6 +99,20 @@ def test_the_descriptor_is_a_userfaultfd_of_the_target_and_none_is_left_there(vi
     assert 0 < stopped < 10_000_000
     is_free(target)
     target.finish()
+
+
+def test_a_copy_of_a_held_userfaultfd_that_came_by_fork_is_closed_and_nothing_else_is(victim: START) -> None:
+    held, _ = inject_userfaultfd(victim("busy", 2).pid, FLAGS)
+    other, _ = inject_userfaultfd(victim("busy", 2).pid, FLAGS)
+    with build.cat(pass_fds=(held, other)) as child:
+        before = set(os.listdir(f"/proc/{child.pid}/fd"))
+        assert {str(held), str(other)} <= before
+        fd, _ = inject_userfaultfd(child.pid, FLAGS, held=[Held(os.getpid(), held)])
+        os.close(fd)
+        assert set(os.listdir(f"/proc/{child.pid}/fd")) == before - {str(held)}
+        assert child.poll() is None
+    os.close(held)
+    os.close(other)
 
 
 def test_a_thousand_injections_into_a_busy_target_change_nothing_it_can_see(victim: START) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
 HERE = Path(__file__).resolve().parent
@@ -329,3 +329,17 @@ def rewriter(*, mib: int = 0, vmas: int = 0, vma_kib: int = 40, rate: float = 0)
     """
     program = build("rewriter")
     return Target([program, f"--mib={mib}", f"--vmas={vmas}", f"--vma-kib={vma_kib}", f"--rate={rate}"])
+
+
+@contextlib.contextmanager
+def cat(pass_fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """cat(1), which has answered once: its program has taken over from what forked it."""
+    with subprocess.Popen(
+        ["cat"], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=pass_fds
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"?")
+        assert child.stdout.read(1) == b"?"
+        yield child
+        child.kill()
