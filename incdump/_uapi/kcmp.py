@@ -21,6 +21,14 @@ def shares(pid: int, other: int, what: int) -> bool:
         return False
 
 
+def order(pid: int, other: int, what: int) -> int:
+    """A total order of what tasks have, as for `functools.cmp_to_key`: 0 if they share it.
+
+    :raises OSError: it cannot be told.
+    """
+    return (0, -1, 1)[syscall(ARCH.sys_kcmp, pid, other, what, 0, 0)]
+
+
 def same_file(pid: int, fd: int, other: int, other_fd: int) -> bool:
     """Whether descriptors of two tasks mean the same open file; False where it cannot be told."""
     try:

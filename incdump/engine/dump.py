@@ -46,7 +46,7 @@ from incdump.model.runs import PAGE_SIZE
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import boot_id
 from incdump.proc.pagemap import make_reader
-from incdump.proc.sharing import may_share_pages
+from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
 from incdump.tracking import content, soft_dirty
 
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from incdump.engine.pipeline import PageOwner
     from incdump.freeze.seize import Frozen
     from incdump.holder.client import Keeper
+    from incdump.proc.tree import Task
 
 Kind = Literal["pre-dump", "dump"]
 
@@ -144,6 +145,7 @@ class DumpRun:
         self._segments: list[SegmentDump] = []
         self._gone: list[int] = []
         self._may_share: set[int] = set()
+        self._sharing: dict[int, int] = {}
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -201,6 +203,7 @@ class DumpRun:
             boot_id=self._boot_id,
             warn=self._warn,
             stats=self._stats,
+            runs_in_memory_of=self._runs_in_memory_of,
             check_incremental=self._check_incremental,
         )
 
@@ -300,7 +303,19 @@ class DumpRun:
                 parent = None if self._parent is None else self._parent.process(task)
                 self._processes[key] = ProcessDump(task, self._means, parent)
             self._processes[key].task = task
+        if self._tracker == soft_dirty.NAME:
+            self._sharing = sharing_address_space(task.pid for task in tasks.values())
         return [self._processes[key] for key in tasks]
+
+    def _runs_in_memory_of(self, task: Task) -> int | None:
+        """The first process of the tree with a process's address space, if that is another one.
+
+        A userfaultfd watches nothing that another one does, so there it need be known of parents only, who are tracked
+        first. Soft-dirty bits that are reset for one are reset for all.
+        """
+        if self._tracker == soft_dirty.NAME:
+            return self._sharing.get(task.pid)
+        return task.ppid if shares_address_space(task.pid, task.ppid) else None
 
     def _prepare_tree(self) -> None:
         processes = self._find_tree()

@@ -53,6 +53,8 @@ class Means:
     :ivar seed: of the content hashes of this chain.
     :ivar boot_id: of the running kernel.
     :ivar warn: takes one line for the user.
+    :ivar runs_in_memory_of: tells of a process which other one has the same address space (vfork): there is one tracker
+        for both.
     :ivar check_incremental: says so, or raises, when a process turns out not to be incremental only now.
     """
 
@@ -66,6 +68,7 @@ class Means:
     boot_id: str
     warn: Warn
     stats: DumpStats
+    runs_in_memory_of: Callable[[Task], int | None]
     check_incremental: Callable[[ProcessDump], None]
 
 

@@ -27,7 +27,6 @@ from incdump.proc.identity import is_exiting, read_stat
 from incdump.proc.pagemap import pmes_at
 from incdump.proc.pagemap.pme import PME_PRESENT
 from incdump.proc.pinned import pinned_io
-from incdump.proc.sharing import shares_address_space
 from incdump.tracking import content, soft_dirty, uffd_wp
 
 if TYPE_CHECKING:
@@ -121,8 +120,9 @@ class Watch:
         if reason is not None:
             warn(f"process {pid} {reason}: writes to its memory can go unseen, so it is compared by content")
             return
-        if shares_address_space(pid, self.task.ppid):
-            warn(f"process {pid} runs in the memory of process {self.task.ppid} (vfork): not tracked itself")
+        other = self._means.runs_in_memory_of(self.task)
+        if other is not None:
+            warn(f"process {pid} runs in the memory of process {other} (vfork): not tracked itself")
             return
         blind = soft_dirty.blind_spot(self._means.reader) if self._means.tracker == soft_dirty.NAME else None
         if blind is not None:

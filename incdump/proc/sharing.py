@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import cmp_to_key, partial
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
-from incdump._uapi.kcmp import KCMP_VM, shares
+from incdump._uapi.kcmp import KCMP_VM, order, shares
 from incdump.proc.identity import read_proc, read_stat
 
 if TYPE_CHECKING:
@@ -24,6 +26,28 @@ if TYPE_CHECKING:
 def shares_address_space(pid: int, other: int) -> bool:
     """Ask kcmp(2); False where it cannot be told (another user's process, a kernel without it)."""
     return other > 0 and shares(pid, other, KCMP_VM)
+
+
+def sharing_address_space(pids: Iterable[int]) -> dict[int, int]:
+    """Which of some processes run in the memory of another one: for each of these, the first that does.
+
+    Where that cannot be told (see `shares_address_space`) a process is left out.
+    """
+    alike: dict[tuple[int, int] | None, list[int]] = {}
+    for pid in pids:
+        alike.setdefault(_mark(pid), []).append(pid)
+    found: dict[int, int] = {}
+    compare = cmp_to_key(partial(order, what=KCMP_VM))
+    for group in alike.values():
+        pairs: Iterable[tuple[int, int]]
+        try:
+            pairs = pairwise(sorted(group, key=compare))
+        except OSError:  # one has exited: each with each, then
+            pairs = combinations(group, 2)
+        for one, other in pairs:
+            if other not in found and shares_address_space(one, other):
+                found[other] = found.get(one, one)
+    return found
 
 
 def may_share_pages(tasks: Iterable[Task]) -> set[int]:

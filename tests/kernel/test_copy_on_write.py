@@ -16,10 +16,12 @@ import pytest
 
 import incdump
 from incdump.model.runs import PAGE_SIZE, run
+from incdump.proc import sharing
 from incdump.proc.memory import ProcessMemory
-from incdump.proc.sharing import may_share_pages
+from incdump.proc.sharing import may_share_pages, sharing_address_space
 from incdump.proc.tree import process_tree
 from tests.kernel.support import Chain, Odd, huge_pages, require_root
+from tests.targets.build import cat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,6 +133,25 @@ async def test_who_may_share_pages(odd: Odd) -> None:
     os.kill(child, 9)
     odd.do(f"reap {child}")
     assert pids() == set()
+
+
+async def test_who_runs_in_whose_memory(odd: Odd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the one is not the other's parent; and one that exits meanwhile hides nothing of the others."""
+    (forked,), (one,), (other,) = odd.do("fork"), odd.do("clonevm"), odd.do("clonevm")
+
+    def gone(_pid: int, _other: int, what: int) -> int:
+        raise ProcessLookupError(what)
+
+    with cat() as stranger:
+        for _ in range(2):
+            for pids, found in (
+                ((odd.pid, forked, one, stranger.pid, other), {one: odd.pid, other: odd.pid}),
+                ((stranger.pid, other, forked, one), {one: other}),
+                ((forked, odd.pid, stranger.pid), {}),
+                ((), {}),
+            ):
+                assert sharing_address_space(pids) == found
+            monkeypatch.setattr(sharing, "order", gone)
 
 
 async def test_shared_and_other_pages_of_one_run_are_read_alike(odd: Odd) -> None:
