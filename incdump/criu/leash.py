@@ -2,7 +2,9 @@
 
 It runs under a seccomp filter (`incdump.criu.leashed`) that reports its PAGEMAP_SCANs here. One that looks for the
 pages of a process other than CRIU itself is answered with none at all, so that CRIU leaves the memory to incdump; the
-first of them says that the whole tree is frozen. Every other one (guard regions, CRIU's own memory) is let through.
+first of them says that the whole tree is frozen. It is answered for all of the process's memory, which CRIU takes note
+of: it scans once a process instead of once a mapping. Every other scan (guard regions, CRIU's own memory) is let
+through.
 
 When this process ends, for whatever reason, its end of the listener is closed, CRIU's next scan fails, and CRIU gives
 up and lets the tree run on.
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _SCAN_ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg, include/uapi/linux/fs.h
-_END, _WALK_END, _ANYOF, _MASK = 3, 4, 10, 9
+_WALK_END, _ANYOF, _MASK = 4, 10, 9
+_EVERYTHING = struct.pack("=Q", ARCH.task_size)
 _PAGEMAP = re.compile(r"/(\d+)/(?:task/\d+/)?pagemap$")
 _POPULATED = int(PageIs.PRESENT | PageIs.SWAPPED)
 
@@ -113,10 +116,10 @@ class LeashedCriu:
 
     def _answer(self, notification: seccomp.Notification) -> None:
         try:
-            end = self._left_to_us(notification)
+            is_ours = self._is_left_to_us(notification)
         except OSError:  # it is being killed
-            end = None
-        if end is None:
+            is_ours = False
+        if not is_ours:
             seccomp.let_through(self._listener, notification)
             return
         if not self.scanned:
@@ -125,15 +128,15 @@ class LeashedCriu:
         with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
             if not seccomp.is_waiting(self._listener, notification):
                 return
-            os.pwrite(memory.fileno(), struct.pack("=Q", end), notification.arguments[2] + 8 * _WALK_END)
+            os.pwrite(memory.fileno(), _EVERYTHING, notification.arguments[2] + 8 * _WALK_END)
         seccomp.answer(self._listener, notification, 0)
 
-    def _left_to_us(self, notification: seccomp.Notification) -> int | None:
-        """Where a scan ends that looks for pages of another process; None for any other scan."""
+    def _is_left_to_us(self, notification: seccomp.Notification) -> bool:
+        """Whether a scan looks for pages of another process."""
         pid, (fd, _, address, *_) = notification.pid, notification.arguments
         found = _PAGEMAP.search(os.readlink(f"/proc/{pid}/fd/{fd}"))
         if found is None or int(found[1]) in (pid, self._process.pid):
-            return None
+            return False
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
             argument = _SCAN_ARGUMENT.unpack(os.pread(memory.fileno(), _SCAN_ARGUMENT.size, address))
-        return int(argument[_END]) if (argument[_ANYOF] | argument[_MASK]) & _POPULATED else None
+        return bool((argument[_ANYOF] | argument[_MASK]) & _POPULATED)

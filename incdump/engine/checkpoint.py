@@ -45,7 +45,7 @@ from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY, SIDECAR
-from incdump.images.pagemap import decode_pagemap
+from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
 from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE, present_entries
@@ -229,7 +229,8 @@ class CheckpointRun(DumpRun):
             raise CriuError(f"CRIU dumped process {min(missing)}, which incdump did not find", pid=min(missing))
         replaced = {INVENTORY, *emptied}
         for name in emptied:
-            replaced.add(f"pages-{decode_pagemap((place / name).read_bytes(), place / name)[0]}.img")
+            pages_id, _ = decode_in_parts((place / name).read_bytes(), place / name)
+            replaced.add(f"pages-{pages_id}.img")
         for name in names:
             if name not in replaced:
                 images.adopt(name, place / name)

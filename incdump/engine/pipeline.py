@@ -11,12 +11,14 @@ one are being written, the next is being scanned.
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
 from incdump.engine.threads import in_thread
 from incdump.errors import NoSuchTarget, TargetExited
+from incdump.model.runs import page_count
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.xfer.local import make_buffer
 
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 
 WINDOWS_AHEAD = 2
 """Windows read while one is classified."""
+WINDOWS_AT_ONCE = 64
+"""Windows that the reader hands over in one go while they are small: a hop from its thread costs as much as to scan a
+small process."""
+READING_AT_ONCE = 5e-3
+"""Seconds after which it hands over what it has."""
 CHUNKS_AHEAD = 256
 """Chunks classified while the writers are busy; they hold addresses, not pages."""
 CHUNKS_AT_ONCE = 64
@@ -110,12 +117,10 @@ class Pipeline:
     ) -> None:
         with out:
             source = _all_windows(owners)
-            while True:
-                item = await in_thread(next, source, None, limiter=self._reading)
-                if item is None:
-                    self.under_way.set()
-                    return
-                await out.send(item)
+            while items := await in_thread(_draw, source, limiter=self._reading):
+                for item in items:
+                    await out.send(item)
+            self.under_way.set()
 
     async def _classify_windows(
         self,
@@ -164,6 +169,17 @@ def _all_windows(owners: Iterable[PageOwner]) -> Iterator[tuple[PageOwner, Windo
                 yield owner, window
         except (TargetExited, NoSuchTarget):
             owner.exited = True
+
+
+def _draw(source: Iterator[tuple[PageOwner, Window]]) -> list[tuple[PageOwner, Window]]:
+    """The next windows: one, or as many small ones as take no longer to read than it takes to hand them over."""
+    items: list[tuple[PageOwner, Window]] = []
+    until = time.perf_counter() + READING_AT_ONCE
+    for item in islice(source, WINDOWS_AT_ONCE):
+        items.append(item)
+        if page_count(item[1].regions) >= CHUNK_PAGES or time.perf_counter() >= until:
+            break
+    return items
 
 
 def _write(items: list[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]) -> None:

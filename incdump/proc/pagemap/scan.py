@@ -32,6 +32,7 @@ _ALL_PAGES = 1 << 52
 _FEW_PAGES = 64 << 20 >> PAGE_SHIFT  # are scanned before it is worth beginning to write
 _WORTH_TWO_THREADS = 32 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
+_WORTH_A_CALL = 32 << 20 >> PAGE_SHIFT
 
 
 def _check_there(pagemap_fd: int, address: int) -> None:
@@ -155,7 +156,7 @@ class ScanReader:
         pages_wanted = _Pages(wanted)
         count, pages, most = 0, 0, self._first_step(pages_wanted)
         with self._spare.borrow((2, _SCAN_REGIONS, 3)) as buffers:
-            for start, end, masks in self._stretches(vmas, wanted):
+            for start, end, masks in self._stretches(vmas, wanted, pages_wanted):
                 for regions, at in self._steps(pagemap_fd, start, end, masks, pages_wanted, buffers):
                     found.append(regions)
                     count += len(regions)
@@ -208,17 +209,19 @@ class ScanReader:
                 yield more, start
             most = self._next_step(most)
 
-    def _stretches(self, vmas: VmaTable, wanted: Runs) -> list[tuple[int, int, _Masks]]:
+    def _stretches(self, vmas: VmaTable, wanted: Runs, pages: _Pages) -> list[tuple[int, int, _Masks]]:
         """Cut the address space, from the first to the last wanted VMA, into what is scanned in one go.
 
         To tell FILE the kernel has to look at every page's struct page, which takes as long as all the rest of a scan.
         So it is asked about only near mappings of files, and of the vDSO, whose pages count as such; unless those are
-        strewn all over.
+        strewn all over, or there are so few pages that one call more takes longer.
 
         :returns: start, end and masks of each stretch.
         """
         lo, hi = int(wanted[0, 0]), int(wanted[-1, 1])
         masks = _Masks(self.mask, self.inverted, self.anyof, self.returned)
+        if pages.count < _WORTH_A_CALL:
+            return [(lo, hi, masks)]
         files = join_near(wanted_spans(vmas.select((vmas.inode != 0) | vmas.of_kind(VmaKind.VDSO))))
         if len(files) > _MOST_FILE_STRETCHES:
             return [(lo, hi, masks)]
