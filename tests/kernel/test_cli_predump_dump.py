@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from incdump import kerndat
+from incdump._uapi.arch import ARCH
 from tests.command import (
     KINDS,
     NO_PID,
@@ -23,6 +24,7 @@ from tests.command import (
     predump,
     read_until,
     refused,
+    run_python,
     start,
     states,
     wait,
@@ -316,3 +318,32 @@ def test_doctor_tells_of_every_feature_and_tracker_what_works_and_why() -> None:
         assert any(
             line.split()[:2] == [entry["name"], "works" if entry["works"] else "no"] for line in plain.out.splitlines()
         )
+
+
+WITHOUT_PTRACE = """
+import ctypes, os, struct, sys
+
+deny = 0x00050000 | 1  # SECCOMP_RET_ERRNO, EPERM
+steps = (0x20, 0, 0, 0), (0x15, 0, 1, int(sys.argv[1])), (0x06, 0, 0, deny), (0x06, 0, 0, 0x7FFF0000)
+program = b"".join(struct.pack("=HBBI", *step) for step in steps)
+buffer = ctypes.create_string_buffer(program)
+header = struct.pack("=HxxxxxxQ", 4, ctypes.addressof(buffer))
+assert ctypes.CDLL(None).prctl(22, 2, header, 0, 0) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.executable, [sys.executable, "-m", "incdump", "doctor", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize("options", [("--json",), ()])
+def test_doctor_fails_where_nothing_works(options: tuple[str, ...]) -> None:
+    """In a container whose seccomp profile allows no ptrace(2)."""
+    if os.geteuid():
+        pytest.skip("needs root, to take a system call away")
+    done = run_python("-c", WITHOUT_PTRACE, ARCH.sys_ptrace, *options)
+    assert done.code == 1
+    if options:
+        assert not done.json["works"]
+        assert done.json["auto"] is None
+        assert not any(tracker["works"] for tracker in done.json["trackers"])
+        assert all(tracker["why"] for tracker in done.json["trackers"])
+    else:
+        assert "nothing works" in done.out
