@@ -2,7 +2,8 @@
 
 Both leave the tree running, so that CRIU's killing of it counts for neither; both times are CRIU's own ``frozen_time``.
 A share of 1% of all pages is written between the pre-dump and the checkpoint. A target a quarter as big, with as many
-pages written, shows whether the stop grows with what was not written.
+pages written, shows whether the stop grows with what was not written. A tree of many small processes shows what each of
+them costs.
 
 Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
 """
@@ -19,11 +20,11 @@ import pytest
 import incdump
 from benchmarks.bench import NotHere
 from benchmarks.report import Report, Verdict, ratios
-from tests.criu.criu import RestorableTarget, criu_path, dump
+from tests.criu.criu import RestorableTarget, criu_path, dump, restorable_churn
 from tests.targets.build import build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from benchmarks.bench import Bench
     from benchmarks.report import Figures
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 SHARE = 1
 """Percent of the bigger target's pages."""
 STOPPED_SHARE = 0.25
+MANY = 50
+"""Processes, each of about as many MiB as it has to have."""
 
 
 def run(bench: Bench) -> Iterator[Report]:
@@ -60,23 +63,51 @@ def run(bench: Bench) -> Iterator[Report]:
     report.verdicts.append(Verdict("incdump's scan and copy / frozen_time", ratios(memory, figures["checkpoint"])))
     report.notes.append(f"{last.criu}; {last.stats.pages_written:,} pages written in the last checkpoint")
     yield report
+    yield _many_processes(bench, criu)
+
+
+def _many_processes(bench: Bench, criu: str) -> Report:
+    figures: Figures = {"criu dump": [], "checkpoint": []}
+    for number in range(-1, bench.rounds):
+        with restorable_churn(bench.directory, threads=1, processes=MANY, mib=MANY) as target:
+            plain, incremental, last = _compare(bench, criu, target, lambda: None)
+        bench.clear()
+        if number >= 0:
+            figures["criu dump"].append(plain)
+            figures["checkpoint"].append(incremental)
+    report = Report("checkpoint", f"frozen_time of a tree of {len(last.pids)} small processes at rest", figures=figures)
+    report.compare("checkpoint", "criu dump")
+    return report
 
 
 def _round(bench: Bench, criu: str, mib: int, share: int, number: int) -> tuple[float, float, incdump.DumpResult]:
-    """One chain on a fresh target; returns the frozen_time of a plain dump and of a checkpoint, seconds."""
+    """One chain on a fresh target; see `_compare`."""
     with RestorableTarget([build("rewriter"), f"--mib={mib}", "--vmas=0"], bench.directory) as target:
-        plain = bench.new_dir()
-        dump(target.pid, plain, "--leave-running", "-v0")
-        stats = incdump.ImagesDir(plain).stats()
-        assert stats is not None
-        first = bench.predump(target)
-        target.dirty(share, seed=number + 2)
+        figures = _compare(bench, criu, target, lambda: target.dirty(share, seed=number + 2))
+    bench.clear()
+    return figures
+
+
+def _compare(
+    bench: Bench, criu: str, target: RestorableTarget, write: Callable[[], object]
+) -> tuple[float, float, incdump.DumpResult]:
+    """The frozen_time of a plain dump and of a checkpoint, seconds, and the checkpoint's result.
+
+    :param write: called between pre-dump and checkpoint.
+    """
+    plain = bench.new_dir()
+    dump(target.pid, plain, "--leave-running", "-v0")
+    stats = incdump.ImagesDir(plain).stats()
+    assert stats is not None
+    first = bench.predump(target)
+    try:
+        write()
         options = incdump.DumpOptions(afterwards="running")
         images = bench.new_dir()
         call = partial(incdump.checkpoint, target.pid, images, parent=first.images_dir, options=options, criu=criu)
         result = anyio.run(call)
         if not result.incremental:
             raise RuntimeError(f"the checkpoint was not incremental: {result.warnings}")
+    finally:
         bench.untrack(target)
-    bench.clear()
     return stats.frozen_time / 1e6, result.stats.frozen_time / 1e6, result

@@ -10,9 +10,10 @@ On x86_64 the kernel decides after the stop what becomes of an interrupted call,
 It must have been our stop that made the wait fail, and not a signal whose handler returns at that very moment. That is
 certain of a thread that was seen waiting there when we were its tracer already (`look`): a signal would have shown.
 What /proc/TID/syscall said then is the argument. Of a thread that got there afterwards some kernels still tell it, once
-they are told by NT_ARM_SYSTEM_CALL that the thread is in the call (Linux 6.12.107, not 6.12.117); elsewhere it is known
-of an epoll wait if the thread has a single epoll descriptor. Then our stop is taken to have been the reason. In all
-other cases the wait does fail with EINTR, as signal(7) allows.
+they are told by NT_ARM_SYSTEM_CALL that the thread is in the call (Linux 6.12.107, not 6.12.117); if it is an epoll
+descriptor, our stop is taken to have been the reason: had the thread come from a handler, it would be the argument of
+sigreturn. In all other cases the wait does fail with EINTR, as signal(7) allows; it must never go on when a handler has
+run.
 
 This module is stdlib only: the small holder process uses it.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from incdump._uapi import ptrace
@@ -121,33 +122,17 @@ def is_instruction(tid: int, address: int) -> bool:
 
 
 def _epoll_wait(pid: int, tid: int, number: int) -> Call | None:
-    """The epoll wait that a stopped thread comes from, if the kernel tells its argument, or there is only one to be."""
+    """The wait that a stopped thread comes from, if the kernel tells its argument, and that is an epoll descriptor."""
     if number not in ARCH.epoll_waits:
         return None
-    call = _call_as_told(pid, tid, number)
-    if call is None:
-        return None
-    descriptors = _epoll_descriptors(pid, tid)
-    if call.first & 0xFFFFFFFF in descriptors:
-        return call
-    return replace(call, first=descriptors.pop()) if len(descriptors) == 1 else None
-
-
-def _call_as_told(pid: int, tid: int, number: int) -> Call | None:
-    """What the kernel says of a stopped thread that is declared to be in a call."""
     ptrace.set_syscall(tid, number)
     try:
-        return _read_call(pid, tid)
+        call = _read_call(pid, tid)
     finally:
         ptrace.set_syscall(tid, -1)
-
-
-def _epoll_descriptors(pid: int, tid: int) -> set[int]:
-    where = f"/proc/{pid}/task/{tid}/fd"
-    found = set()
+    if call is None:
+        return None
     with contextlib.suppress(OSError):
-        for name in os.listdir(where):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"{where}/{name}") == _EPOLL_LINK:
-                    found.add(int(name))
-    return found
+        if os.readlink(f"/proc/{pid}/task/{tid}/fd/{call.first & 0xFFFFFFFF}") == _EPOLL_LINK:
+            return call
+    return None
