@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 SHARE = 1
 """Percent of the bigger target's pages."""
 STOPPED_SHARE = 0.25
-MANY = 50
+MANY = 16
 """Processes, each of about as many MiB as it has to have."""
 
 
