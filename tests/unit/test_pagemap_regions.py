@@ -311,6 +311,7 @@ def test_a_sparse_mapping_is_scanned_in_few_steps(monkeypatch: pytest.MonkeyPatc
 
 
 def test_file_is_asked_about_only_near_mappings_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_WORTH_A_CALL", 3)
     kernel = FakeKernel(monkeypatch, at_once=10**9)
     not_file = int(PageIs.FILE)
     reader = ScanReader(mask=not_file | PageIs.WPALLOWED, inverted=not_file)
@@ -332,6 +333,17 @@ def test_file_is_asked_about_only_near_mappings_of_files(monkeypatch: pytest.Mon
         (far + PAGE, far + 2 * PAGE, False, False, False),
     ]
     assert all(o["mask"] & PageIs.WPALLOWED for _, _, o in kernel.calls)
+
+
+def test_for_few_pages_file_is_asked_about_everywhere_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_WORTH_A_CALL", 4)
+    kernel = FakeKernel(monkeypatch, at_once=10**9)
+    near, far = 0x7F00_0000_0000, 0x7F00_0100_0000
+    mappings = vmas((near, near + PAGE, ""), (far, far + PAGE, "/lib"), (far + PAGE, far + 2 * PAGE, ""))
+    list(ScanReader().windows(-1, mappings))
+    assert [(start, end, bool(o["returned"] & PageIs.FILE)) for start, end, o in kernel.calls] == [
+        (near, far + 2 * PAGE, True)
+    ]
 
 
 def test_no_vmas_are_no_windows() -> None:
