@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.bench import MIB
 from benchmarks.report import Figures, Report, Verdict
+from incdump.errors import CheckError
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 TIMES = 4
 """The target's size in units of ``bench.mib``."""
 LIMIT = 250 * MIB
-DIFFERS = 6
-"""Exit code of ``incdump check``."""
 
 
 class Chain:
@@ -51,7 +50,7 @@ class Chain:
 
         :raises RuntimeError: it failed.
         """
-        return self._run("check", str(self._last), *options, good=(0, DIFFERS))
+        return self._run("check", str(self._last), *options, good=(0, CheckError.exit_code))
 
     def _run(self, *arguments: str, good: Container[int] = (0,)) -> Command:
         done = self._bench.command(*arguments)

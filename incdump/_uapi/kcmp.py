@@ -13,10 +13,13 @@ KCMP_VM = 1
 KCMP_FILES = 2
 
 
-def shares(pid: int, other: int, what: int) -> bool:
-    """Whether two tasks share what `what` says; False where it cannot be told (another user's, no kcmp(2), gone)."""
+def shares(pid: int, other: int, what: int, index: int = 0, other_index: int = 0) -> bool:
+    """Whether two tasks share what `what` says; False where it cannot be told (another user's, no kcmp(2), gone).
+
+    :param index: the descriptor, if it is about files; `other_index` is the other's.
+    """
     try:
-        return syscall(ARCH.sys_kcmp, pid, other, what, 0, 0) == 0
+        return syscall(ARCH.sys_kcmp, pid, other, what, index, other_index) == 0
     except OSError:
         return False
 
@@ -31,7 +34,4 @@ def order(pid: int, other: int, what: int) -> int:
 
 def same_file(pid: int, fd: int, other: int, other_fd: int) -> bool:
     """Whether descriptors of two tasks mean the same open file; False where it cannot be told."""
-    try:
-        return syscall(ARCH.sys_kcmp, pid, other, KCMP_FILE, fd, other_fd) == 0
-    except OSError:
-        return False
+    return shares(pid, other, KCMP_FILE, fd, other_fd)

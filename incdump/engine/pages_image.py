@@ -57,6 +57,7 @@ class PagesImage:
         self._path = str(images.path / f"pages-{self._pages_id}.img")
         self._fd = images.open_pages(self._pages_id)
         self._tables: list[Entries] = []
+        self._firsts: list[int] = []  # where in the image each table's pages begin, in pages
         self._failed: list[Runs] = []
         self._room = 0
         self.nr_pages = 0
@@ -99,6 +100,7 @@ class PagesImage:
         """Fix the place of every page of these entries, and cut them into chunks to be written."""
         first = self.nr_pages
         self._tables.append(entries)
+        self._firsts.append(first)
         self.nr_pages += int(present_entries(entries)[:, 1].sum())
         return cut(entries, first)
 
@@ -127,8 +129,7 @@ class PagesImage:
 
         :raises incdump.errors.ImagesIOError: the image cannot be written.
         """
-        first = 0
-        for table in self._tables:
+        for first, table in zip(self._firsts, self._tables, strict=True):
             rows = present_entries(table)
             places = np.cumsum(rows[:, 1]) - rows[:, 1]
             for start, end in intersect(entry_runs(rows), spans).tolist():
@@ -137,7 +138,6 @@ class PagesImage:
                 again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
                 for chunk in cut(again, place):
                     self.write(chunk, source, buffer, None)
-            first += int(rows[:, 1].sum())
 
     def failed(self) -> Runs:
         """The pages that could not be read."""
@@ -159,11 +159,10 @@ class PagesImage:
 
     def _take_out(self, failed: Runs) -> Runs:
         """Take pages out of all tables; returns the byte ranges of the pages image that fall away."""
-        gaps, first = [], 0
-        for i, table in enumerate(self._tables):
-            self._tables[i], gap = without(table, failed)
+        gaps = []
+        for i, first in enumerate(self._firsts):
+            self._tables[i], gap = without(self._tables[i], failed)
             gaps.append(gap + np.uint64(first << PAGE_SHIFT))
-            first += int(present_entries(table)[:, 1].sum())
         return canonical(np.concatenate(gaps))
 
     def discard(self) -> None:

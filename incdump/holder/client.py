@@ -13,7 +13,6 @@ import fcntl
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -315,14 +314,15 @@ def forget(pid: int | None) -> list[int]:
     sock = connect()
     if sock is None:
         return []
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pidfd = open_pidfd(struct.unpack("3i", credentials)[0])
-    try:
-        with sock:
+    with sock:
+        holder, _ = wire.peer(sock)
+        pidfd = open_pidfd(holder)
+        try:
             answer, _ = ask(sock, {"do": "forget", "pid": pid}, pid)
-        if answer["ends"]:
-            select.select([pidfd], [], [], _END_TIMEOUT)
-    finally:
-        os.close(pidfd)
+            sock.close()  # the holder waits for that
+            if answer["ends"]:
+                select.select([pidfd], [], [], _END_TIMEOUT)
+        finally:
+            os.close(pidfd)
     forgotten: list[int] = answer["forgotten"]
     return forgotten

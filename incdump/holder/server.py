@@ -20,7 +20,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -131,8 +130,7 @@ class Holder:
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        _pid, uid, _gid = struct.unpack("3i", credentials)
+        _pid, uid = wire.peer(client)
         if uid != os.geteuid():
             client.close()
             return

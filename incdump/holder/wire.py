@@ -30,6 +30,7 @@ import json
 import os
 import socket
 import stat
+import struct
 from typing import Any
 
 VERSION = 1
@@ -99,6 +100,12 @@ def remove_traces(directory: str) -> None:
         with contextlib.suppress(OSError):
             if path != log or not os.stat(log).st_size:
                 os.unlink(path)
+
+
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Who is at the other end of a connection: process and user, as they were when it listened or connected."""
+    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:

@@ -9,12 +9,11 @@ import numpy as np
 
 from incdump._uapi import mapping
 from incdump._uapi.arch import ARCH
+from incdump._uapi.kcmp import KCMP_VM, order
 from incdump._uapi.libc import syscall
 from incdump._uapi.memory import process_vm_readv as readv
 from incdump.kerndat.trying import FailedError, Feature, opened, pages_for_a_while, try_feature
 from incdump.model.runs import PAGE_SIZE
-
-_KCMP_VM = 1
 
 
 @cache
@@ -87,7 +86,7 @@ def kcmp() -> Feature:
 
     def attempt() -> str:
         pid = os.getpid()
-        if syscall(ARCH.sys_kcmp, pid, pid, _KCMP_VM, 0, 0) != 0:
+        if order(pid, pid, KCMP_VM) != 0:
             raise FailedError("a process does not share memory with itself, it says")
         return "compared own memory with itself"
 
