@@ -1,7 +1,8 @@
 """The processor time that a command takes before it touches its target.
 
-A pid that cannot exist is the measure: the command loads what it needs, looks for the process, and gives up. Beside it
-stands the whole of a pre-dump of a tiny process, and Python itself.
+A pid that cannot exist is the measure: the command reads its options, looks for the process, and gives up. Beside it
+stand a parent dump that does not exist, for which the engine has to be loaded too, the whole of a pre-dump of a tiny
+process, and Python itself.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def run(bench: Bench) -> Iterator[Report]:
     """Measure 9 times, whatever ``bench.rounds`` says; once if it says once."""
     with bench.target(mib=1) as target:
 
-        def until_target() -> float:
-            done = bench.command("predump", "-t", str(NO_SUCH_PID), "-D", str(bench.new_dir()))
+        def refused(pid: int, *options: str) -> float:
+            done = bench.command("predump", "-t", str(pid), "-D", str(bench.new_dir()), *options)
             if done.code == 0:
-                raise RuntimeError("incdump predump found a process that cannot exist")
+                raise RuntimeError("incdump predump did what cannot be done")
             return done.cpu
 
         def whole() -> float:
@@ -40,7 +41,8 @@ def run(bench: Bench) -> Iterator[Report]:
 
         contestants = {
             "Python alone": lambda: bench.python("-c", "").cpu,
-            "no such process": until_target,
+            "no such process": lambda: refused(NO_SUCH_PID),
+            "no such parent": lambda: refused(target.pid, "--prev-images-dir", "not-there"),
             "1 MiB": whole,
         }
         figures = alternate(contestants, ROUNDS if bench.rounds > 1 else 1)

@@ -13,6 +13,7 @@ from incdump.cli.invocation import Invocation, json_option, print_json, verbose_
 from incdump.cli.log import Log
 from incdump.cli.signals import run
 from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_writers
+from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -122,6 +123,7 @@ def run_dump(
     )
     with Log(invocation.verbosity, log_file, images_dir) as log:
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))
+        check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
         engine = _engine(kind, with_criu)
         result = run(lambda: _dump(engine, pid, images_dir, parent, options, log, show=not invocation.verbosity))
         for warning in result.warnings:

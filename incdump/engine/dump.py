@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +139,7 @@ class DumpRun:
         self._progress = progress
         self._stats = DumpStats()
         self._warn = Warn()
-        self._generation = secrets.token_hex(16)
+        self._generation = os.urandom(16).hex()
         self._processes: dict[tuple[int, int], ProcessDump] = {}
         self._segments: list[SegmentDump] = []
         self._gone: list[int] = []

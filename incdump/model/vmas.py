@@ -146,5 +146,6 @@ class VmaTable:
 
     def spans(self, mask: NDArray[np.bool_] | None = None) -> NDArray[np.uint64]:
         """start and end of (the masked) VMAs as shape (n, 2); neighbours that touch stay apart."""
-        pairs = np.stack((self.start, self.end), axis=1)
+        pairs = np.empty((len(self.start), 2), np.uint64)
+        pairs[:, 0], pairs[:, 1] = self.start, self.end
         return pairs if mask is None else pairs[mask]

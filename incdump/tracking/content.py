@@ -13,7 +13,7 @@ cryptographic hash; the seed keeps a target from preparing two pages that hash a
 
 from __future__ import annotations
 
-import secrets
+import os
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +45,7 @@ _ROW = np.dtype([("vaddr", "<u8"), ("low", "<u8"), ("high", "<u8")])
 
 def new_seed() -> int:
     """A fresh secret for a chain of images."""
-    return secrets.randbits(64)
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def hash_pages(buffer: NDArray[np.uint8], seed: int) -> NDArray[np.uint64]:

@@ -32,14 +32,15 @@ _LONG = 8 << 10  # bytes of pagemap in one pread, on average: shorter ones have 
 
 def pieces(spans: Runs, most: int = PIECE) -> Runs:
     """Cut spans into pieces of at most `most` bytes, in order."""
-    length = spans[:, 1] - spans[:, 0]
+    length = (spans[:, 1] - spans[:, 0]).view(np.int64)
     if not len(spans) or int(length.max()) <= most:
         return spans
-    count = (length + np.uint64(most - 1)) // np.uint64(most)
-    index = np.repeat(np.arange(len(spans)), count.astype(np.int64))
-    nth = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count.astype(np.int64)).astype(np.int64)
-    start = spans[index, 0] + nth.astype(np.uint64) * np.uint64(most)
-    return np.stack((start, np.minimum(start + np.uint64(most), spans[index, 1])), axis=1)
+    count = -(-length // most)
+    cut = spans.repeat(count, axis=0)
+    nth = np.arange(len(cut)) - (count.cumsum() - count).repeat(count)
+    cut[:, 0] += (nth * most).view(np.uint64)
+    np.minimum(cut[:, 0] + np.uint64(most), cut[:, 1], out=cut[:, 1])
+    return cut
 
 
 def _batches(segments: Runs) -> Iterator[Runs]:

@@ -65,7 +65,7 @@ def categories_of_pmes(pmes: NDArray[np.uint64], zero_pfn: int | None = None) ->
     :param zero_pfn: the frame number of the shared zero page, if frame numbers are visible.
     :returns: shape (n,), uint16; 0 for pages that are neither present nor swapped, markers included.
     """
-    top = pmes.view(np.uint16)[3::4]  # both architectures are little-endian
+    top = (pmes >> np.uint64(48)).view(np.int64)  # take is slow with any other kind of index
     categories: NDArray[np.uint16] = _CATEGORIES.take(top)
     if zero_pfn is None:
         return categories
@@ -76,7 +76,7 @@ def categories_of_pmes(pmes: NDArray[np.uint64], zero_pfn: int | None = None) ->
         categories[zero] |= np.uint16(PageIs.PFNZERO)
     marker = (low == _MARKER).nonzero()[0]
     if len(marker):
-        state = top[marker] & np.uint16((PME_PRESENT | _PME_SWAP | _PME_GUARD | _PME_UFFD_WP) >> 48)
+        state = top[marker] & ((PME_PRESENT | _PME_SWAP | _PME_GUARD | _PME_UFFD_WP) >> 48)
         categories[marker[state == (_PME_SWAP | _PME_UFFD_WP) >> 48]] = 0
     return categories
 
@@ -92,22 +92,22 @@ def regions_of_pmes(segments: Runs, pmes: NDArray[np.uint64], zero_pfn: int | No
     categories = categories_of_pmes(pmes, zero_pfn)
     first_page = np.zeros(len(segments), np.int64)  # the index of each segment's first page
     np.cumsum(((segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT))[:-1].view(np.int64), out=first_page[1:])
-    cut = np.empty(len(pmes), bool)
-    np.not_equal(categories[1:], categories[:-1], out=cut[1:])
+    cut = np.empty(len(pmes) + 1, bool)
+    np.not_equal(categories[1:], categories[:-1], out=cut[1:-1])
     cut[first_page] = True
-    begin = cut.nonzero()[0]
-    kind = categories[begin]
+    cut[-1] = True
+    cuts = cut.nonzero()[0]
+    kind = categories.take(cuts[:-1])
     populated = kind.nonzero()[0]
     if not len(populated):
         return empty_regions()
-    length = np.diff(begin, append=len(pmes))[populated]
-    begin, kind = begin[populated], kind[populated]
-    segment = first_page.searchsorted(begin, "right") - 1
+    begin = cuts.take(populated)
     base = segments[:, 0] - (first_page << PAGE_SHIFT).view(np.uint64)  # wraps around; the sum below wraps back
+    base = base.take(first_page.searchsorted(begin, "right") - 1)
     regions = np.empty((len(begin), 3), np.uint64)
-    np.add(base[segment], (begin << PAGE_SHIFT).view(np.uint64), out=regions[:, 0])
-    np.add(regions[:, 0], (length << PAGE_SHIFT).view(np.uint64), out=regions[:, 1])
-    regions[:, 2] = kind
+    np.add(base, (begin << PAGE_SHIFT).view(np.uint64), out=regions[:, 0])
+    np.add(base, (cuts.take(populated + 1) << PAGE_SHIFT).view(np.uint64), out=regions[:, 1])
+    regions[:, 2] = kind.take(populated)
     return regions
 
 

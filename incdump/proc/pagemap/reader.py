@@ -48,14 +48,14 @@ class PagemapReader(Protocol):
 def wanted_spans(vmas: VmaTable) -> Runs:
     """Start and end of the VMAs that pagemap knows of; [vsyscall] can only be the last."""
     spans = vmas.spans()
-    return spans[:-1] if len(spans) and vmas.kind[-1] == VmaKind.VSYSCALL else spans
+    return spans[:-1] if len(spans) and int(vmas.kind[-1]) == VmaKind.VSYSCALL else spans
 
 
 def join_near(spans: Runs, gap: int = GAP) -> Runs:
     """Join spans (ascending, disjoint) that are at most `gap` bytes apart."""
     if len(spans) < 2:
         return spans
-    apart = np.flatnonzero(spans[1:, 0] - spans[:-1, 1] > gap)
+    apart = (spans[1:, 0] - spans[:-1, 1] > gap).nonzero()[0]
     if len(apart) == len(spans) - 1:
         return spans
     joined = np.empty((len(apart) + 1, 2), np.uint64)
