@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from incdump.errors import NoSuchTarget
 from tests.command import ROOT, environment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.kernel
+
+NO_SUCH_PID = (1 << 22) + 1
+"""Beyond the highest pid that Linux can be told to use."""
 
 HEAVY = (
     "rich",
@@ -77,19 +81,37 @@ def loaded(names: set[str]) -> list[str]:
     return [heavy for heavy in HEAVY if heavy in names]
 
 
+@pytest.fixture
+def target() -> Iterator[int]:
+    """The pid of a process that sleeps."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("kind", ["predump", "dump"])
-def test_nothing_heavy_is_loaded_before_the_target_is_touched(kind: str) -> None:
-    names = modules("called", kind, "-t", os.getpid())
+def test_nothing_heavy_is_loaded_before_the_engine_is_called(kind: str, target: int) -> None:
+    names = modules("called", kind, "-t", target)
     assert "incdump.engine.dump" in names
     assert loaded(names) == []
 
 
-def test_a_dump_that_nobody_watches_never_loads_rich(images_root: Path) -> None:
-    with subprocess.Popen(["sleep", "1000"]) as target:
-        try:
-            names = modules("ended", "dump", "-t", target.pid, "-D", images_root / "1", "--json")
-        finally:
-            target.kill()
+@pytest.mark.parametrize("kind", ["predump", "dump", "checkpoint"])
+def test_a_process_that_is_not_there_is_refused_before_the_engine_is_loaded(kind: str) -> None:
+    code = (
+        "import sys; from incdump.cli.main import main; code = main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, kind, "-t", str(NO_SUCH_PID)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == NoSuchTarget.exit_code
+    assert f"there is no process {NO_SUCH_PID}" in done.stderr
+    assert not {"numpy", "asyncio", "anyio", "rich"} & set(done.stdout.split())
+
+
+def test_a_dump_that_nobody_watches_never_loads_rich(images_root: Path, target: int) -> None:
+    names = modules("ended", "dump", "-t", target, "-D", images_root / "1", "--json")
     assert "rich" not in names
     assert (images_root / "1" / "inventory.img").exists()
 
