@@ -14,6 +14,7 @@ code   class                       meaning
 5      `TrackerError`              no dirty tracking where it was required
 6      `CheckError`                ``incdump check`` found the chain, or a page, wrong
 7      `CriuError`                 CRIU is missing, too old, or failed
+8      `XferError`                 pages did not come through the network
 =====  ==========================  ==================================================================
 
 Whatever is raised, the target runs on.
@@ -29,6 +30,7 @@ __all__ = (
     "BadImage",
     "BrokenChain",
     "CheckError",
+    "ConnectionLost",
     "CriuError",
     "FreezeTimeout",
     "HolderError",
@@ -40,6 +42,7 @@ __all__ = (
     "LeashUnusable",
     "NoSuchTarget",
     "ParentMismatch",
+    "ProtocolError",
     "TargetDenied",
     "TargetError",
     "TargetExited",
@@ -48,6 +51,7 @@ __all__ = (
     "TrackerLost",
     "TrackerUnavailable",
     "UnfinishedImages",
+    "XferError",
 )
 
 
@@ -179,3 +183,17 @@ class CriuError(IncdumpError):
 
 class LeashUnusable(CriuError):
     """CRIU cannot be held on a leash here; what was tried has changed nothing."""
+
+
+class XferError(IncdumpError):
+    """Pages did not come through the network."""
+
+    exit_code = 8
+
+
+class ConnectionLost(XferError):
+    """The other side has gone, or is silent, before all was said."""
+
+
+class ProtocolError(XferError):
+    """The other side says something that CRIU's page-server protocol does not have, or that cannot be."""

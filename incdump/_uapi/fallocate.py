@@ -22,3 +22,15 @@ def fallocate(fd: int, size: int) -> None:
     """
     if _fallocate(fd, 0, 0, size) < 0:
         raise_errno()
+
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # include/uapi/linux/falloc.h
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Give back a file's blocks in a range, which reads as 0 then; the file stays as long as it is.
+
+    :raises OSError: EOPNOTSUPP: the file system cannot.
+    """
+    if _fallocate(fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size) < 0:
+        raise_errno()

@@ -25,7 +25,7 @@ from incdump.errors import IncdumpError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = ("predump", "dump", "checkpoint", "restore", "check", "untrack", "doctor")
+COMMANDS = ("predump", "dump", "checkpoint", "restore", "check", "untrack", "page-server", "doctor")
 ALIASES = {"pre-dump": "predump"}
 """CRIU's name for it."""
 
@@ -43,7 +43,7 @@ class Commands(click.Group):
         name = ALIASES.get(cmd_name, cmd_name)
         if name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"incdump.cli.{name}").command
+        command: click.Command = import_module(f"incdump.cli.{name.replace('-', '_')}").command
         return command
 
     def resolve_command(

@@ -179,12 +179,12 @@ def _check_holes(
     parent_table = above.get((table.kind, table.number))
     if parent_table is None:
         raise parent.lacks(table.kind, table.number, int(holes[0, 0]), no_pagemap=True)
-    missing = _first_missing(parent_table.pagemap.covered, holes)
+    missing = first_missing(parent_table.pagemap.covered, holes)
     if missing is not None:
         raise parent.lacks(table.kind, table.number, missing, no_pagemap=False)
 
 
-def _first_missing(outer: Runs, inner: Runs) -> int | None:
+def first_missing(outer: Runs, inner: Runs) -> int | None:
     """The first address of `inner` that `outer` lacks, or None.
 
     Runs do not touch each other, so a run that is covered lies within a single one.

@@ -24,7 +24,7 @@ import numpy as np
 from incdump.errors import BadImage, BrokenChain, UnfinishedImages
 from incdump.images.framing import raise_io_error, read_file
 from incdump.images.inventory import Inventory, decode_inventory
-from incdump.images.new_dir import INVENTORY, PARENT, SIDECAR, unfinished
+from incdump.images.new_dir import FINISHED, INVENTORY, PARENT, SIDECAR, unfinished
 from incdump.images.page_reads import cut, read_pieces
 from incdump.images.pagemap import Pagemap, PagemapSummary, decode_pagemap, summarise
 from incdump.images.stats import decode_stats
@@ -66,9 +66,10 @@ class ImagesDir:
         """Open a directory.
 
         :param path: the directory.
-        :param must_be_complete: refuse one without inventory.img, and parents without, too. CRIU itself reads such
-            parents, and a CRIU page server makes them.
-        :raises UnfinishedImages: there is no inventory.img.
+        :param must_be_complete: refuse one without inventory.img (and without incdump-received.json, which incdump's
+            page server leaves), and parents without, too. CRIU itself reads such parents, and a CRIU page server makes
+            them.
+        :raises UnfinishedImages: there is neither.
         :raises ImagesIOError: there is no such directory, or it cannot be read.
         """
         self.path = Path(path)
@@ -80,7 +81,7 @@ class ImagesDir:
             self._names = frozenset(os.listdir(self.path))
         except OSError as error:
             raise_io_error(error, "read the images dir", self.path)
-        if must_be_complete and INVENTORY not in self._names:
+        if must_be_complete and not FINISHED & self._names:
             raise unfinished(self.path)
 
     def __repr__(self) -> str:

@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 INVENTORY = "inventory.img"
 PARENT = "parent"
 SIDECAR = "incdump.json"
+RECEIVED = "incdump-received.json"
+"""In a directory that a page server has filled: all pages that there were to come have come. The inventory is with the
+other images, where the pages came from."""
+FINISHED = frozenset((INVENTORY, RECEIVED))
+"""A directory with neither of these is an unfinished dump."""
 _UNFINISHED_INVENTORY = "inventory.img.unfinished"
 _IMAGE_NAME = re.compile(
-    r"criu-(unfinished|gate)|.*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump\.json|incdump-hashes-.*",
+    r"criu-(unfinished|gate)|.*\.img(\.unfinished)?|pagemap-.*|pages-.*|stats-dump|incdump\.json|"
+    r"incdump-(received\.json(\.unfinished)?|hashes-.*)",
     re.DOTALL,
 )
 
@@ -128,7 +134,10 @@ class NewImagesDir:
         :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
         :raises ImagesIOError: it cannot be created.
         """
-        name = f"pages-{pages_id}.img"
+        return self.open_file(f"pages-{pages_id}.img")
+
+    def open_file(self, name: str) -> int:
+        """Create a file; see `open_pages`."""
         try:
             fd = create_file(name, dir_fd=self._dir_fd)
         except FileExistsError as error:
@@ -194,6 +203,20 @@ class NewImagesDir:
         while self._subdirs:
             shutil.rmtree(self._subdirs.pop(), ignore_errors=True)
 
+    def rename(self, name: str, new: str) -> None:
+        """Give a file that was created here its own name.
+
+        :raises ImagesDirInUse: there is one of that name.
+        :raises ImagesIOError: it cannot be renamed.
+        """
+        if self._exists(new):
+            raise self._in_use(new)
+        try:
+            os.rename(name, new, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
+        except OSError as error:
+            raise_io_error(error, "rename", self.path / name)
+        self._made_files[self._made_files.index(name)] = new
+
     def adopt(self, name: str, source: Path) -> None:
         """Take over a file that somebody else made, by renaming it.
 
@@ -218,14 +241,19 @@ class NewImagesDir:
         :raises ImagesIOError: it cannot be written.
         """
         self.write_raw(_UNFINISHED_INVENTORY, inventory)
-        if self._exists(INVENTORY):
-            raise self._in_use(INVENTORY)
-        try:
-            os.rename(_UNFINISHED_INVENTORY, INVENTORY, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
-        except OSError as error:
-            raise_io_error(error, "write", self.path / INVENTORY)
-        self._made_files.remove(_UNFINISHED_INVENTORY)
-        self._made_files.append(INVENTORY)
+        self.rename(_UNFINISHED_INVENTORY, INVENTORY)
+        self.finished = True
+        self._close()
+
+    def finish_received(self, summary: bytes) -> None:
+        """Write incdump-received.json instead: from now on these pages are whole, and can be a parent's.
+
+        :param summary: the file's bytes.
+        :raises ImagesDirInUse: it exists: somebody else dumps into this directory.
+        :raises ImagesIOError: it cannot be written.
+        """
+        self.write_raw(f"{RECEIVED}.unfinished", summary)
+        self.rename(f"{RECEIVED}.unfinished", RECEIVED)
         self.finished = True
         self._close()
 
@@ -268,7 +296,7 @@ class NewImagesDir:
 def _refuse_images(path: Path, names: list[str]) -> None:
     """Raise `ImagesDirInUse` if any of the names is an image's."""
     found = sorted(name for name in names if _IMAGE_NAME.fullmatch(name))
-    if INVENTORY in found:
+    if FINISHED & set(found):
         raise ImagesDirInUse(f"{path} already holds a dump; choose another images dir", path=path)
     if found:
         raise ImagesDirInUse(
@@ -288,7 +316,7 @@ def _check_parent(path: Path, parent: str) -> Path:
         raise BrokenChain(f"{path} cannot be its own parent; give the previous images dir", path=path)
     try:
         is_dir = resolved.is_dir()
-        is_finished = is_dir and (resolved / INVENTORY).is_file()
+        is_finished = is_dir and any((resolved / name).is_file() for name in FINISHED)
     except OSError as error:
         raise_io_error(error, "look into the parent images dir", resolved)
     if not is_dir:

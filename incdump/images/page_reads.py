@@ -102,11 +102,11 @@ def _read_groups(fd: int, path: Path, offset: U64Array, place: U64Array, size: U
             if done == 0:
                 raise BadImage(f"{path} is cut short: it ends before {position:#x}", path=path)
             position += done
-            buffers = _after(buffers, done)
+            buffers = rest_of(buffers, done)
 
 
-def _after(buffers: list[memoryview], done: int) -> list[memoryview]:
-    """The buffers that are left when `done` bytes are filled."""
+def rest_of(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of some buffers when `done` bytes of them are filled, or written."""
     for index, buffer in enumerate(buffers):
         if done < len(buffer):
             return [buffer[done:], *buffers[index + 1 :]]

@@ -70,15 +70,25 @@ def encode_in_parts(pages_id: int, tables: Iterable[Entries]) -> Iterator[bytes]
     :param tables: ascending throughout.
     :returns: the file's bytes, in parts.
     """
-    first = b"\x08" + varint(pages_id)
-    yield header(Magic.PAGEMAP) + len(first).to_bytes(4, "little") + first
+    yield encode_head(pages_id)
     for table in tables:
-        for row in range(0, len(table), CHUNK_ROWS):
-            vaddr, nr_pages, flags = np.ascontiguousarray(table[row : row + CHUNK_ROWS].T, _U64)
-            # The old field has 32 bits. An entry of 16 TiB cannot be told to an old reader.
-            compat = np.where(nr_pages >> _U64(32), _U64(0), nr_pages)
-            fields = (Field(1, vaddr), Field(2, compat), Field(4, flags), Field(5, nr_pages))
-            yield encode_messages(fields, b"", b"\0\0\0")
+        yield from encode_entries(table)
+
+
+def encode_head(pages_id: int) -> bytes:
+    """What a pagemap image begins with."""
+    first = b"\x08" + varint(pages_id)
+    return header(Magic.PAGEMAP) + len(first).to_bytes(4, "little") + first
+
+
+def encode_entries(table: Entries) -> Iterator[bytes]:
+    """The bytes of some entries, in parts."""
+    for row in range(0, len(table), CHUNK_ROWS):
+        vaddr, nr_pages, flags = np.ascontiguousarray(table[row : row + CHUNK_ROWS].T, _U64)
+        # The old field has 32 bits. An entry of 16 TiB cannot be told to an old reader.
+        compat = np.where(nr_pages >> _U64(32), _U64(0), nr_pages)
+        fields = (Field(1, vaddr), Field(2, compat), Field(4, flags), Field(5, nr_pages))
+        yield encode_messages(fields, b"", b"\0\0\0")
 
 
 def decode_pagemap(data: bytes, path: Path) -> tuple[int, Entries]:
