@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 RESTORABLE_OPS = "all,-guard,-hugetlb,-sysv"
 """What churn can do and CRIU can put back."""
 
+CHAINABLE_OPS = "write,kwrite,zero,map,free,brk,stack"
+"""What churn can do between CRIU's own dumps of a chain: of a tree that does everything CRIU finds clean pages that no
+parent has, and gives up."""
+
 _SECONDS = 300
 
 

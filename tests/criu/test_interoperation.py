@@ -13,7 +13,7 @@ import pytest
 
 import incdump
 from tests import oracle
-from tests.criu.criu import criu, dump, page_server, restorable_churn, revive
+from tests.criu.criu import CHAINABLE_OPS, criu, dump, page_server, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import require_tracker
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
-OPS = "write,kwrite,zero,map,free,brk,stack"
-"""Not all that churn can do: of a tree that does everything CRIU finds clean pages that no parent has, and gives up."""
 OPTIONS = incdump.DumpOptions(tracker="soft-dirty")
 """The one tracker that both understand."""
 
@@ -48,7 +46,7 @@ def criu_ends_the_chain(target: RestorableTarget, images: Path, parent: str) -> 
 @in_own_namespaces
 def test_criu_dumps_on_top_of_incdumps_pre_dumps(images_root: Path) -> None:
     require_tracker("soft-dirty")
-    with restorable_churn(images_root, seed=31, threads=2, ops=OPS) as target:
+    with restorable_churn(images_root, seed=31, threads=2, ops=CHAINABLE_OPS) as target:
         predump(target, images_root / "1")
         target.step(100)
         predump(target, images_root / "2", "../1")
@@ -59,7 +57,7 @@ def test_criu_dumps_on_top_of_incdumps_pre_dumps(images_root: Path) -> None:
 @in_own_namespaces
 def test_incdump_goes_on_from_crius_pre_dumps_and_criu_from_incdumps(images_root: Path) -> None:
     require_tracker("soft-dirty")
-    with restorable_churn(images_root, seed=32, threads=2, ops=OPS) as target:
+    with restorable_churn(images_root, seed=32, threads=2, ops=CHAINABLE_OPS) as target:
         criu("pre-dump", images_root / "1", "--tree", str(target.pid))
         target.step(50)
         criu("pre-dump", images_root / "2", "--tree", str(target.pid), "--prev-images-dir", "../1")
@@ -80,7 +78,7 @@ def blocks(images: Path) -> int:
 def test_criu_dumps_to_its_page_server_which_dedups_incdumps_images(images_root: Path) -> None:
     require_tracker("soft-dirty")
     source, served = images_root / "source", images_root / "2"
-    with restorable_churn(images_root, seed=34, threads=2, ops=OPS) as target:
+    with restorable_churn(images_root, seed=34, threads=2, ops=CHAINABLE_OPS) as target:
         predump(target, images_root / "1")
         target.step(100)
         before = blocks(images_root / "1")
@@ -98,7 +96,7 @@ def test_criu_dumps_to_its_page_server_which_dedups_incdumps_images(images_root:
 @in_own_namespaces
 def test_criu_dedups_incdumps_images_as_it_dumps(images_root: Path) -> None:
     require_tracker("soft-dirty")
-    with restorable_churn(images_root, seed=35, threads=2, ops=OPS) as target:
+    with restorable_churn(images_root, seed=35, threads=2, ops=CHAINABLE_OPS) as target:
         predump(target, images_root / "1")
         target.step(100)
         before = blocks(images_root / "1")

@@ -66,3 +66,17 @@ def as_nobody(nobodys_place: tuple[Path, str, dict[str, Any]]) -> Iterator[dict[
     yield {**options, "python": python}
     for path in (place / "home").iterdir():
         shutil.rmtree(path)
+
+
+@pytest.fixture
+def tiny_tmpfs(images_root: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = images_root / "tiny"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "incdump-test", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)

@@ -175,20 +175,6 @@ def test_a_directory_that_cannot_be_made_is_refused(target: Target, images_root:
     assert is_untouched(target.pid)
 
 
-@pytest.fixture
-def tiny_tmpfs(images_root: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    place = images_root / "tiny"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "incdump-test", str(place)], capture_output=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount a tmpfs: {done.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_is_an_error_that_leaves_nothing(target: Target, tiny_tmpfs: Path, kind: str) -> None:
     done = incdump(kind, "-t", target.pid, "-D", tiny_tmpfs / "1", "--json")

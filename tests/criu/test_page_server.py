@@ -1,0 +1,78 @@
+"""CRIU dumps to incdump's page server, and restores from what that wrote."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+import incdump
+from tests.command import read_until, start, wait
+from tests.criu.criu import CHAINABLE_OPS, criu, dump, restorable_churn, revive
+from tests.criu.namespaces import in_own_namespaces
+from tests.kernel.support import require_tracker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
+
+
+@contextmanager
+def page_server(*options: object) -> Iterator[tuple[str, ...]]:
+    """incdump's page server for as many sessions as it is told; yields what CRIU is to be told."""
+    server = start("page-server", "--json", *options)
+    try:
+        port = json.loads(read_until(server.stdout, b"\n"))["port"]
+        yield "--page-server", "--address", "127.0.0.1", "--port", str(port)
+        done = wait(server)
+        assert done.code == 0, done
+        told = [json.loads(line) for line in done.out.splitlines()]
+        assert [session["error"] for session in told] == [None] * len(told)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def put_together(rest: Path, served: Path) -> None:
+    """Move what CRIU kept for itself to the pages that it sent."""
+    for image in rest.glob("*.img"):
+        image.rename(served / image.name)
+
+
+@in_own_namespaces
+def test_criu_restores_what_it_dumped_to_incdumps_page_server(images_root: Path) -> None:
+    served, rest = images_root / "served", images_root / "rest"
+    with restorable_churn(images_root, seed=41, threads=2, processes=3) as target:
+        target.step(100)
+        with page_server("-D", served, "--once") as to_server:
+            dump(target.pid, rest, *to_server)
+        assert list(rest.glob("pages-*")) == []
+        put_together(rest, served)
+        assert len(incdump.check(served).levels) == 1
+        revive(target, served)
+        target.quit()
+
+
+@pytest.mark.parametrize("options", [(), ("--auto-dedup",)])
+@in_own_namespaces
+def test_criu_pre_dumps_and_dumps_to_incdumps_page_server(images_root: Path, options: tuple[str, ...]) -> None:
+    require_tracker("soft-dirty")
+    served = images_root / "served"
+    with restorable_churn(images_root, seed=42, threads=2, ops=CHAINABLE_OPS) as target:
+        with page_server("-D", served, "--rounds", 3, *options) as to_server:
+            criu("pre-dump", images_root / "1", "--tree", str(target.pid), *to_server)
+            target.step(50)
+            parent = ("--prev-images-dir", "../1")
+            criu("pre-dump", images_root / "2", "--tree", str(target.pid), *parent, *to_server)
+            target.step(50)
+            dump(target.pid, images_root / "3", "--track-mem", "--prev-images-dir", "../2", *to_server)
+        report = incdump.check(served / "3")
+        assert len(report.levels) == 3
+        assert report.levels[0].pages_in_parent > 0
+        put_together(images_root / "3", served / "3")
+        revive(target, served / "3")
+        target.quit()
