@@ -37,11 +37,13 @@ class Chunk(NamedTuple):
     :ivar runs: the pages, ascending; their bytes lie back to back in the pages image. Shape (n, 2).
     :ivar first_page: where in the pages image they begin, in pages.
     :ivar nr_pages: how many there are.
+    :ivar flags: of the entry that each run is of, or is a part of. Shape (n,).
     """
 
     runs: Runs
     first_page: int
     nr_pages: int
+    flags: NDArray[np.uint64]
 
 
 def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
@@ -53,19 +55,20 @@ def cut(entries: Entries, first_page: int) -> Iterator[Chunk]:
     rows = present_entries(entries)
     if not len(rows):
         return
-    spans, place, end_place = _split(rows, first_page)
+    spans, flags, place, end_place = _split(rows, first_page)
     begins = np.flatnonzero(np.diff(place // CHUNK_PAGES, prepend=-1))
     places = [*place[begins].tolist(), end_place]
     bounds = [*begins.tolist(), len(spans)]
     for i in range(len(begins)):
-        yield Chunk(spans[bounds[i] : bounds[i + 1]], places[i], places[i + 1] - places[i])
+        of = slice(bounds[i], bounds[i + 1])
+        yield Chunk(spans[of], places[i], places[i + 1] - places[i], flags[of])
 
 
-def _split(rows: Entries, first_page: int) -> tuple[Runs, NDArray[np.int64], int]:
+def _split(rows: Entries, first_page: int) -> tuple[Runs, NDArray[np.uint64], NDArray[np.int64], int]:
     """Cut entries wherever a chunk ends.
 
-    :returns: the pieces, start and end, shape (n, 2); the place of each in the image, in pages, shape (n,); and where
-        in the image the last one ends.
+    :returns: the pieces, start and end, shape (n, 2); the flags of each, shape (n,); its place in the image, in pages,
+        shape (n,); and where in the image the last one ends.
     """
     sizes = rows[:, 1].astype(np.int64)
     ends = np.cumsum(sizes) + first_page
@@ -77,4 +80,4 @@ def _split(rows: Entries, first_page: int) -> tuple[Runs, NDArray[np.int64], int
     place = np.maximum(begins[of], (chunk[of] + nth) * CHUNK_PAGES)
     until = np.minimum(ends[of], (chunk[of] + nth + 1) * CHUNK_PAGES)
     within = np.stack((place - begins[of], until - begins[of]), axis=1).astype(np.uint64)
-    return rows[of, :1] + (within << np.uint64(PAGE_SHIFT)), place, int(ends[-1])
+    return rows[of, :1] + (within << np.uint64(PAGE_SHIFT)), rows[of, 2], place, int(ends[-1])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from incdump.cli.dumping import dump_options, run_dump
+from incdump.cli.dumping import dump_options, page_server_options, run_dump
 from incdump.cli.invocation import Command, Invocation
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ Examples:
 
 @click.command("dump", cls=Command, epilog=_EXAMPLE)
 @dump_options
+@page_server_options
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards: the default.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
 @click.option("--kill", is_flag=True, help="Kill it once the images are complete (what CRIU does by default).")

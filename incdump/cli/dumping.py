@@ -81,6 +81,20 @@ _OPTIONS = (
 )
 
 
+_PAGE_SERVER_OPTIONS = (
+    click.option("--page-server", is_flag=True, help="Send the pages to a page server; all else goes to DIR."),
+    click.option("--address", default="127.0.0.1", metavar="ADDRESS", show_default=True, help="Of the page server."),
+    click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Of the page server."),
+)
+
+
+def page_server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command whose pages may go to a page server."""
+    for option in reversed(_PAGE_SERVER_OPTIONS):
+        function = option(function)
+    return function
+
+
 def dump_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of both commands, for a click command."""
     for option in reversed(_OPTIONS):
@@ -102,6 +116,9 @@ def run_dump(
     timeout: float,
     log_file: str | None,
     afterwards: Afterwards = "running",
+    page_server: bool = False,
+    address: str = "",
+    port: int | None = None,
     **with_criu: Any,
 ) -> None:
     """Dump, and report.
@@ -110,6 +127,10 @@ def run_dump(
     """
     if require_incremental and parent is None:
         raise click.UsageError("--require-incremental needs --prev-images-dir: without it everything is dumped")
+    if page_server and port is None:
+        raise click.UsageError("--page-server needs --port, as the page server prints it")
+    if port is not None and not page_server:
+        raise click.UsageError("--port is of a page server: it needs --page-server")
     for name, text in (("-D", images_dir), ("--prev-images-dir", parent), ("-o", log_file)):
         if text == "" or (text is not None and "\0" in text):
             raise click.BadParameter("an empty name", param_hint=name)
@@ -120,6 +141,7 @@ def run_dump(
         require_incremental=require_incremental,
         afterwards=afterwards,
         freeze_timeout=timeout,
+        page_server=(address, port) if port is not None else None,
     )
     with Log(invocation.verbosity, log_file, images_dir) as log:
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from incdump.cli.dumping import dump_options, run_dump
+from incdump.cli.dumping import dump_options, page_server_options, run_dump
 from incdump.cli.invocation import Command, Invocation
 
 _EXAMPLE = """\b
@@ -18,6 +18,7 @@ Examples:
 
 @click.command("predump", cls=Command, epilog=_EXAMPLE)
 @dump_options
+@page_server_options
 @click.option("-R", "--leave-running", is_flag=True, expose_value=False, hidden=True)  # what a pre-dump always does
 @click.pass_obj
 def command(invocation: Invocation, /, **given: Any) -> None:

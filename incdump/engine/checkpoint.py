@@ -41,7 +41,7 @@ from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
 from incdump.engine.pipeline import Pipeline
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited
+from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, XferError
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY, SIDECAR
@@ -106,6 +106,8 @@ async def checkpoint(
     """
     keeper = HolderKeeper()
     options = options or DumpOptions(afterwards="killed")
+    if options.page_server is not None:
+        raise XferError("a checkpoint's pages cannot go to a page server: checkpoint into a directory")
     try:
         run = CheckpointRun(pid, images_dir, parent, options, keeper, progress)
         return await run.with_criu(criu, criu_options, way)

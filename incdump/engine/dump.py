@@ -31,6 +31,7 @@ from incdump.engine.parent import Parent
 from incdump.engine.pipeline import Pipeline, first_cause
 from incdump.engine.process import Means, ProcessDump, Warn
 from incdump.engine.segments import SegmentDump, find_segments
+from incdump.engine.sent_image import Sending
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import TargetExited, TrackerLost
@@ -145,6 +146,7 @@ class DumpRun:
         self._gone: list[int] = []
         self._may_share: set[int] = set()
         self._sharing: dict[int, int] = {}
+        self._sending: Sending | None = None
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -161,8 +163,12 @@ class DumpRun:
         self._boot_id = boot_id()
         images = NewImagesDir.create(self._path, self._parent_text)
         try:
-            self._parent = None if images.parent is None else await in_thread(Parent, images.parent, self._boot_id)
-            if self._parent is not None:
+            if self._options.page_server is not None:
+                self._sending = await in_thread(self._connect, *self._options.page_server)
+            self._parent = None
+            if images.parent is not None:
+                is_there = None if self._sending is None else self._sending.has_parent
+                self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there)
                 self._parent.check_root(self._root)
             self._means = self._make_means(images)
             if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.soft_dirty_moves)).works:
@@ -176,8 +182,18 @@ class DumpRun:
         finally:
             for owner in self._all_owners():
                 owner.close()
+            if self._sending is not None:
+                self._sending.close()
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(images)
+
+    def _connect(self, address: str, port: int) -> Sending:
+        return Sending(address, port, timeout=self._options.page_server_timeout)
+
+    def _break_off(self) -> None:
+        """The dump was cancelled: have no thread wait for the page server."""
+        if self._sending is not None:
+            self._sending.break_off()
 
     def _undo(self, images: NewImagesDir) -> None:
         for process in self._processes.values():
@@ -198,6 +214,7 @@ class DumpRun:
             keeper=self._keeper,
             soft_dirty_log=log,
             rearm=self._kind == "pre-dump" or self._options.afterwards != "killed",
+            sending=self._sending,
             seed=content.new_seed() if seed is None else seed,
             boot_id=self._boot_id,
             warn=self._warn,
@@ -210,15 +227,16 @@ class DumpRun:
 
     async def _dump(self, images: NewImagesDir) -> None:
         freezes = self._kind == "dump" or self._tracker == soft_dirty.NAME
-        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
+        writers = self._options.writers if self._sending is None else 1
+        pipeline = Pipeline(writers, self._stats, lambda: self._tell("dumping"), self._break_off)
         async with AsyncExitStack() as stack:
             if freezes:
-                await in_thread(self._prepare_tree)
+                await in_thread(self._prepare_tree, break_off=self._break_off)
                 freezer = await stack.enter_async_context(Freezer(timeout=self._options.freeze_timeout))
                 self._tell("freezing")
                 frozen = await freezer.freeze(self._pid)
                 self._gone.extend(frozen.exited)
-                await in_thread(self._take_up_frozen)
+                await in_thread(self._take_up_frozen, break_off=self._break_off)
                 if self._kind == "pre-dump":
                     await in_thread(self._collect_all)
                     await freezer.thaw()
@@ -233,7 +251,7 @@ class DumpRun:
                     frozen_time = freezer.frozen_time
                 self._note_frozen(frozen, frozen_time)
             self._tell("finishing")
-            await in_thread(self._finish, images, metadata)
+            await in_thread(self._finish, images, metadata, break_off=self._break_off)
             if self._kind == "dump" and self._options.afterwards != "running":
                 self._left = frozen  # a cancellation does not hold the thawing up any more
                 await freezer.thaw(self._options.afterwards)
@@ -350,10 +368,13 @@ class DumpRun:
         """Say so, or fail, where the parent has the process and the tracker cannot tell what it wrote since."""
         if self._parent is None or process.incremental or process.exited:
             return
-        if process.task.pid != self._pid and self._parent.process(process.task) is None:
+        if self._parent.lacks_pages(process.task):
+            why = f"the page server has no parent images of process {process.task.pid}"
+        elif process.task.pid != self._pid and self._parent.process(process.task) is None:
             return  # a process that is new since the parent
-        since = f"what process {process.task.pid} wrote since {self._parent.path}"
-        why = f"the tracker ({self._tracker}) cannot tell {since}"
+        else:
+            since = f"what process {process.task.pid} wrote since {self._parent.path}"
+            why = f"the tracker ({self._tracker}) cannot tell {since}"
         if self._options.require_incremental:
             raise TrackerLost(f"{why}; dump without --prev-images-dir", pid=process.task.pid, path=self._parent.path)
         self._warn(f"{why}: all of it is dumped")
@@ -368,6 +389,8 @@ class DumpRun:
         """Write all pagemaps."""
         for owner in self._all_owners():
             owner.finish()
+        if self._sending is not None:
+            self._sending.end()  # before any of it counts as dumped
         self._stats.bytes_written = (self._stats.pages_written + self._stats.shpages_written) * PAGE_SIZE
 
     def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:
@@ -397,6 +420,7 @@ class DumpRun:
             "tracker": self._tracker,
             "generation": self._generation,
             "hash_seed": self._means.seed,
+            **({} if self._sending is None else {"page_server": self._sending.server}),
             "processes": {str(p.task.vpid): p.meta(self._generation) for p in alive},
         }
 

@@ -1,11 +1,11 @@
-"""One pagemap and its pages image, while they are being filled."""
+"""One pagemap and its pages image, while they are being filled: in the images dir, or sent to a page server."""
 
 from __future__ import annotations
 
 import errno
 import os
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -40,27 +40,71 @@ if TYPE_CHECKING:
     from incdump.xfer.local import PageSource
 
 
+Hashes: TypeAlias = "tuple[HashCollector, Runs] | None"
+"""Where to note the hashes of what was written, and for which pages; or None."""
+
 MOST_ROOM = 1 << 16
 """256 MiB: to fill more with zeros takes longer than is to be waited before a freeze."""
 
 
-class PagesImage:
-    """The pages of one process or segment on their way to disk.
+class PageTable:
+    """The entries of one process or segment, on their way to a pagemap. Appended in ascending order by one task.
 
-    Entries are appended in ascending order by one task; chunks of them are written by several.
+    :ivar name: of the pagemap's file.
+    :ivar nr_pages: pages of the entries so far.
     """
 
     def __init__(self, images: NewImagesDir, name: str) -> None:
         self.name = name
         self._images = images
-        self._pages_id = images.next_pages_id()
-        self._path = str(images.path / f"pages-{self._pages_id}.img")
-        self._fd = images.open_pages(self._pages_id)
         self._tables: list[Entries] = []
         self._firsts: list[int] = []  # where in the image each table's pages begin, in pages
         self._failed: list[Runs] = []
-        self._room = 0
         self.nr_pages = 0
+
+    def append(self, entries: Entries) -> Iterator[Chunk]:
+        """Fix the place of every page of these entries, and cut them into chunks to be written."""
+        first = self.nr_pages
+        self._tables.append(entries)
+        self._firsts.append(first)
+        self.nr_pages += int(present_entries(entries)[:, 1].sum())
+        return cut(entries, first)
+
+    def failed(self) -> Runs:
+        """The pages that could not be read."""
+        return canonical(np.concatenate(self._failed)) if self._failed else empty_runs()
+
+    def _read(self, chunk: Chunk, failed: Runs, buffer: NDArray[np.uint8], hashes: Hashes) -> None:
+        """Note what came of reading a chunk's pages into a buffer."""
+        if len(failed):
+            self._failed.append(failed)
+        if hashes is not None:
+            _note_hashes(chunk, buffer, *hashes)
+
+    def _take_out(self, failed: Runs) -> Runs:
+        """Take pages out of all tables; returns the byte ranges of the pages image that fall away."""
+        gaps = []
+        for i, first in enumerate(self._firsts):
+            self._tables[i], gap = without(self._tables[i], failed)
+            gaps.append(gap + np.uint64(first << PAGE_SHIFT))
+        return canonical(np.concatenate(gaps))
+
+    def _write_pagemap(self, pages_id: int) -> None:
+        self._images.write_raw(self.name, encode_in_parts(pages_id, merge_tables(self._tables)))
+
+
+class PagesImage(PageTable):
+    """The pages of one process or segment on their way to disk.
+
+    Chunks of the entries are written by several tasks.
+    """
+
+    def __init__(self, images: NewImagesDir, name: str) -> None:
+        super().__init__(images, name)
+        self._pages_id = images.next_pages_id()
+        self._path = str(images.path / f"pages-{self._pages_id}.img")
+        self._fd = images.open_pages(self._pages_id)
+        self._room = 0
 
     def lay_out(self, pages: int) -> None:
         """Have the disk's blocks reserved for pages that are to come; too many, or too few, do no harm.
@@ -96,32 +140,14 @@ class PagesImage:
         with suppress(OSError):
             os.ftruncate(self._fd, 0)
 
-    def append(self, entries: Entries) -> Iterator[Chunk]:
-        """Fix the place of every page of these entries, and cut them into chunks to be written."""
-        first = self.nr_pages
-        self._tables.append(entries)
-        self._firsts.append(first)
-        self.nr_pages += int(present_entries(entries)[:, 1].sum())
-        return cut(entries, first)
-
-    def write(
-        self,
-        chunk: Chunk,
-        source: PageSource,
-        buffer: NDArray[np.uint8],
-        hashes: tuple[HashCollector, Runs] | None,
-    ) -> Runs:
+    def write(self, chunk: Chunk, source: PageSource, buffer: NDArray[np.uint8], hashes: Hashes) -> Runs:
         """Copy one chunk; called from several threads.
 
-        :param hashes: where to note the hashes of what was written, and for which pages; or None.
         :returns: the pages that could not be read: they will not be in the image.
         :raises incdump.errors.ImagesIOError: the image cannot be written.
         """
         failed = write_chunk(self._fd, chunk, source, buffer, self._path)
-        if len(failed):
-            self._failed.append(failed)
-        if hashes is not None:
-            _note_hashes(chunk, buffer, *hashes)
+        self._read(chunk, failed, buffer, hashes)
         return failed
 
     def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:
@@ -139,10 +165,6 @@ class PagesImage:
                 for chunk in cut(again, place):
                     self.write(chunk, source, buffer, None)
 
-    def failed(self) -> Runs:
-        """The pages that could not be read."""
-        return canonical(np.concatenate(self._failed)) if self._failed else empty_runs()
-
     def finish(self) -> int:
         """Close up the places of pages that could not be read, and write the pagemap. Blocks.
 
@@ -154,16 +176,8 @@ class PagesImage:
             self.nr_pages = close_gaps(self._fd, gaps, self.nr_pages, self._path)
         if self._room > self.nr_pages:
             cut_off(self._fd, self.nr_pages, self._path)
-        self._images.write_raw(self.name, encode_in_parts(self._pages_id, merge_tables(self._tables)))
+        self._write_pagemap(self._pages_id)
         return self.nr_pages
-
-    def _take_out(self, failed: Runs) -> Runs:
-        """Take pages out of all tables; returns the byte ranges of the pages image that fall away."""
-        gaps = []
-        for i, first in enumerate(self._firsts):
-            self._tables[i], gap = without(self._tables[i], failed)
-            gaps.append(gap + np.uint64(first << PAGE_SHIFT))
-        return canonical(np.concatenate(gaps))
 
     def discard(self) -> None:
         """Remove the pages image: what it belongs to is gone. There will be no pagemap."""

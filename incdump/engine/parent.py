@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from incdump.engine.watch import ParentImages
@@ -11,8 +12,10 @@ from incdump.images.chain import check_chain
 from incdump.images.images_dir import ImagesDir
 from incdump.tracking import content
 from incdump.tracking.content import HashTable
+from incdump.xfer.wire import Image
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from incdump.proc.tree import Task
@@ -25,13 +28,16 @@ _NONE = "none"
 class Parent:
     """A finished, proven parent images dir.
 
+    :param is_there: whether the pages of an image are where they are needed; None: they are all here. Asked when
+        something wants to stand on that image.
     :raises incdump.errors.ImagesError: it, or an images dir above it, is unfinished, damaged or missing.
     """
 
-    def __init__(self, path: Path, boot_id: str) -> None:
+    def __init__(self, path: Path, boot_id: str, is_there: Callable[[Image], bool] | None = None) -> None:
         self.path = path
         self._images = ImagesDir(path)
-        check_chain(self._images)
+        check_chain(self._images, elsewhere=True)
+        self._is_there = cache(is_there) if is_there is not None else None
         self._boot_id = boot_id
         inventory = self._images.inventory()
         self._uptime = None if inventory is None else inventory.dump_uptime
@@ -82,6 +88,8 @@ class Parent:
         same = self._is_same(task)
         if not same and not self._is_checkpoint:
             return None
+        if self.lacks_pages(task):
+            return None
         entry = (self._processes or {}).get(str(task.vpid), {})
         if not same:
             entry = {"tracker": entry.get("tracker") if entry.get("tracker") == content.NAME else _NONE}
@@ -93,9 +101,15 @@ class Parent:
             hashes=self._hashes(f"incdump-hashes-{task.vpid}"),
         )
 
+    def lacks_pages(self, task: Task) -> bool:
+        """Whether the pages of a process are not where they are needed."""
+        return self._is_there is not None and not self._is_there(Image("pagemap", task.vpid))
+
     def segment(self, shmem_id: int) -> ParentImages | None:
         """What is known of one shared memory segment."""
         if self._processes is None or not self._images.has("pagemap-shmem", shmem_id):
+            return None
+        if self._is_there is not None and not self._is_there(Image("pagemap-shmem", shmem_id)):
             return None
         hashes = self._hashes(f"incdump-hashes-shmem-{shmem_id}")
         return None if hashes is None else ParentImages(covered=hashes.known(), hashes=hashes)

@@ -78,10 +78,21 @@ class Pipeline:
         held that up.
     """
 
-    def __init__(self, writers: int, stats: DumpStats, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        writers: int,
+        stats: DumpStats,
+        progress: Callable[[], None],
+        break_off: Callable[[], None] | None = None,
+    ) -> None:
+        """
+        :param writers: one writer gets the chunks in order.
+        :param break_off: see `incdump.engine.threads.in_thread`; for writers that may block for long.
+        """
         self._writers = writers
         self._stats = stats
         self._progress = progress
+        self._break_off = break_off
         self._busy = 0.0
         self._first_write = self._last_write = 0.0
         self._buffers = [make_buffer(CHUNK_PAGES) for _ in range(writers)]
@@ -117,7 +128,7 @@ class Pipeline:
     ) -> None:
         with out:
             source = _all_windows(owners)
-            while items := await in_thread(_draw, source, limiter=self._reading):
+            while items := await in_thread(_draw, source, limiter=self._reading, break_off=self._break_off):
                 for item in items:
                     await out.send(item)
             self.under_way.set()
@@ -149,7 +160,8 @@ class Pipeline:
             async for item in chunks:
                 self._first_write = self._first_write or time.perf_counter()
                 self.under_way.set()
-                await in_thread(_write, [item, *self._queued(chunks)], buffer, limiter=self._writing)
+                items = [item, *self._queued(chunks)]
+                await in_thread(_write, items, buffer, limiter=self._writing, break_off=self._break_off)
                 self._last_write = time.perf_counter()
                 self._progress()
 

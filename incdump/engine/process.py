@@ -17,6 +17,7 @@ import numpy as np
 
 from incdump.classify import Classified, Rule, classify, payload_runs, rules
 from incdump.engine.pages_image import PagesImage
+from incdump.engine.sent_image import SentImage
 from incdump.engine.watch import ParentImages, Watch
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
@@ -26,6 +27,7 @@ from incdump.proc.maps import read_vmas, reread_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.mm_info import anonymous_pages
 from incdump.tracking import content
+from incdump.xfer.wire import Image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.engine.metadata import Ahead
+    from incdump.engine.sent_image import Sending
     from incdump.holder.client import Keeper
+    from incdump.images.images_dir import Kind
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Regions, Runs
     from incdump.model.stats import DumpStats
@@ -50,6 +54,7 @@ class Means:
 
     :ivar tracker: ``"uffd-wp"``, ``"soft-dirty"`` or ``"content"``.
     :ivar rearm: whether another dump may follow.
+    :ivar sending: the session with the page server that is to have the pages; None if the images dir is.
     :ivar seed: of the content hashes of this chain.
     :ivar boot_id: of the running kernel.
     :ivar warn: takes one line for the user.
@@ -64,12 +69,20 @@ class Means:
     keeper: Keeper
     soft_dirty_log: SoftDirtyLog | None
     rearm: bool
+    sending: Sending | None
     seed: int
     boot_id: str
     warn: Warn
     stats: DumpStats
     runs_in_memory_of: Callable[[Task], int | None]
     check_incremental: Callable[[ProcessDump], None]
+
+    def new_image(self, kind: Kind, number: int) -> PagesImage | SentImage:
+        """An empty image of a process or a segment."""
+        name = f"{kind}-{number}.img"
+        if self.sending is None:
+            return PagesImage(self.images, name)
+        return SentImage(self.images, name, Image(kind, number), self.sending)
 
 
 class Warn:
@@ -97,7 +110,7 @@ class ProcessDump:
         self._parent = parent
         self._watch = Watch(task, means)
         self._memory: ProcessMemory | None = None
-        self._image: PagesImage | None = None
+        self._image: PagesImage | SentImage | None = None
         self._rule: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._hashes = content.HashCollector(means.seed)
         self._hashed_spans: Runs = empty_runs()
@@ -141,10 +154,10 @@ class ProcessDump:
                 self._image = self._new_image()
                 self._image.make_room(pages + pages // 8)
 
-    def _new_image(self) -> PagesImage:
+    def _new_image(self) -> PagesImage | SentImage:
         """An empty image; of a dump of everything, laid out for all anonymous memory."""
         pages = 0 if self.incremental else anonymous_pages(self.task.pid)
-        image = PagesImage(self._means.images, f"pagemap-{self.task.vpid}.img")
+        image = self._means.new_image("pagemap", self.task.vpid)
         image.lay_out(pages)
         return image
 

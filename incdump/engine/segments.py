@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from incdump.classify import Classified
-from incdump.engine.pages_image import PagesImage
 from incdump.model.regions import PageIs, Window, mark
 from incdump.model.runs import (
     PAGE_SHIFT,
@@ -36,8 +35,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from incdump.engine.pages_image import PagesImage
     from incdump.engine.parent import Parent
     from incdump.engine.process import Means, ProcessDump
+    from incdump.engine.sent_image import SentImage
     from incdump.engine.watch import ParentImages
     from incdump.model.stats import DumpStats
     from incdump.page_pipe import Chunk
@@ -147,7 +148,7 @@ class SegmentDump:
         self._means = means
         self._parent = parent
         self._source: OpenedSegment | MappedSegment | None = None
-        self._image: PagesImage | None = None
+        self._image: PagesImage | SentImage | None = None
         self._hashes = content.HashCollector(means.seed)
         self._compared = 0
         self._counted = np.zeros(3, np.int64)
@@ -165,7 +166,7 @@ class SegmentDump:
             self._source = MappedSegment(self.segment)
         else:
             self._source = OpenedSegment(file)
-        self._image = PagesImage(self._means.images, f"pagemap-shmem-{self.segment.id}.img")
+        self._image = self._means.new_image("pagemap-shmem", self.segment.id)
         populated = self._source.populated()
         if self._parent is None:
             self._image.lay_out(page_count(populated))

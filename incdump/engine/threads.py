@@ -42,12 +42,19 @@ class _Call:
             return self._called_off
 
 
-async def in_thread(function: Callable[..., T], *args: object, limiter: anyio.CapacityLimiter | None = None) -> T:
+async def in_thread(
+    function: Callable[..., T],
+    *args: object,
+    limiter: anyio.CapacityLimiter | None = None,
+    break_off: Callable[[], None] | None = None,
+) -> T:
     """Call a blocking function in a worker thread.
 
     However this returns, the function has ended, or never began.
 
     :param limiter: how many such calls may run at once; None for the loop's default.
+    :param break_off: called when this is cancelled while the function runs, to have it end soon: by failing. Must not
+        block.
     """
     call = _Call()
 
@@ -63,6 +70,8 @@ async def in_thread(function: Callable[..., T], *args: object, limiter: anyio.Ca
         return await anyio.to_thread.run_sync(run, limiter=limiter)
     except BaseException:
         if not call.call_off():
+            if break_off is not None and not call.ended.is_set():
+                break_off()
             await _wait_ended(call)
         raise
 

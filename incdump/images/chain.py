@@ -76,10 +76,11 @@ class _Table(NamedTuple):
     pagemap: PagemapSummary
 
 
-def check_chain(images: ImagesDir) -> ChainReport:
+def check_chain(images: ImagesDir, *, elsewhere: bool = False) -> ChainReport:
     """Prove a directory and all it stands on.
 
     :param images: the newest directory.
+    :param elsewhere: whether pages that were sent to a page server may be missing: there they are.
     :returns: what each level holds.
     :raises BrokenChain: a parent is missing, or does not have a page that its child leaves to it.
     :raises BadImage: an image is damaged, missing or of the wrong size.
@@ -95,7 +96,7 @@ def check_chain(images: ImagesDir) -> ChainReport:
         assert level is not None
         tables = _load_all(level) if tables is None else tables
         above = {} if parent is None else _load_all(parent)
-        reports.append(_check_level(level, tables))
+        reports.append(_check_level(level, tables, elsewhere=elsewhere))
         if parent is not None:
             _check_identities(level, parent, tables)
         for table in tables.values():
@@ -118,7 +119,7 @@ def _load_all(level: ImagesDir) -> dict[tuple[Kind, int], _Table]:
     return tables
 
 
-def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> LevelReport:
+def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table], *, elsewhere: bool) -> LevelReport:
     """Check a level by itself: inventory, pages images, flags."""
     if INVENTORY in level.names():  # absent only where the caller allowed it
         level.inventory()
@@ -131,7 +132,7 @@ def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> Le
             raise BadImage(
                 f"{path} uses the pages image of {other.kind}-{other.number}.img, {other.pagemap.pages_id}", path=path
             )
-        size += _check_pages_image(level, table)
+        size += _check_pages_image(level, table, elsewhere=elsewhere)
         if table.pagemap.lazy is not None:
             raise lazy_left(path, table.pagemap.lazy)
         in_parent += page_count(table.pagemap.holes)
@@ -146,7 +147,7 @@ def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> Le
     )
 
 
-def _check_pages_image(level: ImagesDir, table: _Table) -> int:
+def _check_pages_image(level: ImagesDir, table: _Table, *, elsewhere: bool) -> int:
     """Check that a pages image is as long as its pagemap says, and return that, bytes."""
     expected = table.pagemap.pages_present << PAGE_SHIFT
     path = level.pages_path(table.pagemap.pages_id)
@@ -155,7 +156,14 @@ def _check_pages_image(level: ImagesDir, table: _Table) -> int:
     except FileNotFoundError as error:
         if not expected:
             return 0
-        raise BadImage(f"{path} is missing: the images dir is damaged", path=path) from error
+        server = level.page_server()
+        if server is None:
+            raise BadImage(f"{path} is missing: the images dir is damaged", path=path) from error
+        if elsewhere:
+            return 0
+        raise BadImage(
+            f"{path} is missing: the pages were sent to the page server at {server}; put its images here", path=path
+        ) from error
     except OSError as error:
         raise_io_error(error, "look at", path)
     if not stat.S_ISREG(status.st_mode) or status.st_size != expected:
@@ -179,12 +187,12 @@ def _check_holes(
     parent_table = above.get((table.kind, table.number))
     if parent_table is None:
         raise parent.lacks(table.kind, table.number, int(holes[0, 0]), no_pagemap=True)
-    missing = first_missing(parent_table.pagemap.covered, holes)
+    missing = _first_missing(parent_table.pagemap.covered, holes)
     if missing is not None:
         raise parent.lacks(table.kind, table.number, missing, no_pagemap=False)
 
 
-def first_missing(outer: Runs, inner: Runs) -> int | None:
+def _first_missing(outer: Runs, inner: Runs) -> int | None:
     """The first address of `inner` that `outer` lacks, or None.
 
     Runs do not touch each other, so a run that is covered lies within a single one.

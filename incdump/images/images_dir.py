@@ -178,6 +178,14 @@ class ImagesDir:
             raise BadImage(f"{path} is damaged: it is no JSON object", path=path)
         return meta
 
+    def page_server(self) -> str | None:
+        """Where the pages of these images were sent, for people; None if they are here.
+
+        :raises BadImage: incdump.json is damaged.
+        """
+        server = (self.meta() or {}).get("page_server")
+        return server if isinstance(server, str) else None
+
     def pagemap(self, pid: int) -> Entries | None:
         """The entries of a process, or None: this directory has no pagemap of it.
 

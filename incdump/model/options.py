@@ -31,6 +31,9 @@ class DumpOptions:
     :ivar require_incremental: fail with `incdump.TrackerLost` rather than dump everything against a parent.
     :ivar afterwards: what becomes of the tree after a dump; a pre-dump always leaves it running.
     :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
+    :ivar page_server: address and port of a page server, incdump's or CRIU's, that is to have the pages; None: they go
+        to the images dir.
+    :ivar page_server_timeout: seconds for which it may take nothing, or not answer.
     """
 
     tracker: TrackerName = "auto"
@@ -39,3 +42,5 @@ class DumpOptions:
     require_incremental: bool = False
     afterwards: Afterwards = "running"
     freeze_timeout: float = 10.0
+    page_server: tuple[str, int] | None = None
+    page_server_timeout: float = 30.0

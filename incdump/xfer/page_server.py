@@ -98,10 +98,10 @@ class Session:
         while True:
             while self._end - self._start < self._headers.needed:
                 self._receive()
-            found = self._headers.decode(self._buffer, self._start)
-            if found is not None:
-                self._start += found[1]
-                return found[0]
+            message, size = self._headers.decode(self._buffer, self._start)
+            self._start += size
+            if message is not None:
+                return message
 
     def _receive(self) -> None:
         """Take what comes, behind what is there."""

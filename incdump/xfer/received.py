@@ -20,7 +20,6 @@ import numpy as np
 
 from incdump._uapi.fallocate import punch_hole
 from incdump.errors import ProtocolError, XferError
-from incdump.images.chain import first_missing
 from incdump.images.framing import raise_io_error
 from incdump.images.page_reads import cut
 from incdump.images.pagemap import decode_in_parts, encode_entries, encode_head
@@ -33,6 +32,7 @@ from incdump.model.runs import (
     canonical,
     empty_runs,
     entry_runs,
+    first_uncovered,
     present_entries,
 )
 
@@ -198,10 +198,13 @@ class ReceivedImages:
                 f"the client leaves pages of {current.name} to parent images that are not here: "
                 "give the page server the same --prev-images-dir as the client"
             )
-        missing = first_missing(current.covered, canonical(holes))
-        if missing is not None:
-            raise ProtocolError(f"the client leaves the page at {missing:#x} of {current.name} to parent images "
-                                "that do not have it")  # fmt: skip
+        missing = first_uncovered(current.covered, canonical(holes))
+        if len(missing):
+            where = int(missing[0, 0])
+            raise ProtocolError(
+                f"the client leaves the page at {where:#x} of {current.name} to parent images that do not have it",
+                vaddr=where,
+            )
 
     def _end_image(self) -> None:
         if self._open is None:

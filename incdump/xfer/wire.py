@@ -23,11 +23,16 @@ import struct
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from incdump.errors import ProtocolError
 from incdump.model.runs import PAGE_SIZE, PE_PARENT, PE_PRESENT
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
+
+    from incdump.model.runs import Entries
 
 
 class Command(IntEnum):
@@ -63,7 +68,12 @@ class Layout(Enum):
 
 _SHORT = struct.Struct("<IIQQ")
 _LONG = struct.Struct("<I4xQQQ")
-_ANSWER = struct.Struct("<i")
+_U64 = struct.Struct("<Q")
+ANSWER = struct.Struct("<i")
+"""What PARENT and the two ends are answered with; OPEN2 has one byte."""
+
+_SHORT_RUN = np.dtype([("word", "<u4"), ("pages", "<u4"), ("vaddr", "<u8"), ("dst_id", "<u8")])
+_LONG_RUN = np.dtype([("word", "<u4"), ("padding", "<u4"), ("pages", "<u8"), ("vaddr", "<u8"), ("dst_id", "<u8")])
 
 LONGEST = Layout.LONG.value
 
@@ -139,6 +149,28 @@ def encode(message: Message, layout: Layout) -> bytes:
     return _SHORT.pack(word, message.nr_pages, message.vaddr, message.dst_id)
 
 
+def encode_runs(entries: Entries, dst_id: int, layout: Layout) -> NDArray[np.uint8]:
+    """The headers of runs of an image.
+
+    :param entries: shape (n, 3): vaddr, pages, flags; fewer than 2**32 pages each.
+    :returns: shape (n, bytes of a header).
+    """
+    headers = np.zeros(len(entries), _LONG_RUN if layout is Layout.LONG else _SHORT_RUN)
+    headers["word"] = np.uint64(Command.ADD_F) | entries[:, 2] << np.uint64(16)
+    headers["pages"] = entries[:, 1]
+    headers["vaddr"] = entries[:, 0]
+    headers["dst_id"] = dst_id
+    return headers.view(np.uint8).reshape(len(entries), layout.value)
+
+
+def late_end(message: Message) -> bytes:
+    """What makes a first message that was sent in the short layout one in the long layout.
+
+    Behind its command it then has no pages, an address that nobody looks at, and the image.
+    """
+    return _U64.pack(message.dst_id)
+
+
 def decode(data: Buffer, layout: Layout, offset: int = 0) -> Message:
     """A header.
 
@@ -162,22 +194,27 @@ class Headers:
     In the short layout the last eight of these are a dst_id, whose low byte is a kind of image. In the long one they
     are an address: that of a page, or 0 in a message about none.
 
+    A client that has lost patience with a server that was busy has made its first, short message a long one meanwhile
+    (`late_end`), and goes on so.
+
     :ivar layout: the layout, once it is known.
     """
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
+        self._late_end = b""
 
     @property
     def needed(self) -> int:
         """How many bytes `decode` needs, at least."""
         return Layout.SHORT.value if self.layout is None else self.layout.value
 
-    def decode(self, data: Buffer, offset: int = 0) -> tuple[Message, int] | None:
+    def decode(self, data: Buffer, offset: int = 0) -> tuple[Message | None, int]:
         """The next header.
 
         :param data: holds `needed` bytes of it, or more, from `offset` on.
-        :returns: the message and its size, bytes; None when more bytes are needed, by now.
+        :returns: the message, or None if there is to be another call, which may need more bytes; and how many bytes
+            were used up.
         :raises ProtocolError: it makes no sense.
         """
         if self.layout is None:
@@ -185,7 +222,15 @@ class Headers:
             if self.layout is None:  # an end, and nothing before it
                 return decode(data, Layout.SHORT, offset), Layout.SHORT.value
             if self.layout is Layout.LONG:
-                return None
+                return None, 0
+            message = decode(data, Layout.SHORT, offset)
+            self._late_end = late_end(message) if message.command in OPENING else b""
+            return message, Layout.SHORT.value
+        if self._late_end:
+            expected, self._late_end = self._late_end, b""
+            if memoryview(data)[offset : offset + len(expected)] == expected:
+                self.layout = Layout.LONG
+                return None, len(expected)
         return decode(data, self.layout, offset), self.layout.value
 
     @staticmethod
@@ -199,7 +244,7 @@ class Headers:
 
 def encode_answer(value: int) -> bytes:
     """The answer to PARENT, CLOSE and FORCE_CLOSE."""
-    return _ANSWER.pack(value)
+    return ANSWER.pack(value)
 
 
 def encode_has_parent(has_parent: bool) -> bytes:

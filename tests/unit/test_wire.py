@@ -166,10 +166,10 @@ def test_the_first_message_tells_the_layout(first: Message, rest: list[Message],
         # As many bytes as are asked for, or more.
         there = data[: at + headers.needed + surplus]
         assert len(there) - at >= headers.needed
-        decoded = headers.decode(there, at)
-        if decoded is not None:
-            found.append(decoded[0])
-            at += decoded[1]
+        message, size = headers.decode(there, at)
+        at += size
+        if message is not None:
+            found.append(message)
     assert headers.layout is layout
     assert found == [first, *rest]
     assert at == len(data)
@@ -178,6 +178,6 @@ def test_the_first_message_tells_the_layout(first: Message, rest: list[Message],
 def test_an_end_without_a_beginning_is_understood_in_either_layout() -> None:
     for layout in Layout:
         headers = Headers()
-        found = headers.decode(encode(Message(Command.CLOSE, 0, 0, 0, 0), layout))
-        assert found is not None
-        assert found[0].command is Command.CLOSE
+        message, _ = headers.decode(encode(Message(Command.CLOSE, 0, 0, 0, 0), layout))
+        assert message is not None
+        assert message.command is Command.CLOSE

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from incdump.errors import ImagesIOError
+from incdump.model.runs import PE_PRESENT
 from incdump.page_pipe import Chunk
 from incdump.xfer.local import close_gaps, make_buffer, write_chunk
 from tests.unit.pagesets import PAGE, Memory, content_of, moderately, pages_of, runs_of
@@ -29,6 +30,12 @@ def image_file() -> Iterator[int]:
     """A pages image without a name."""
     with tempfile.TemporaryFile() as file:
         yield file.fileno()
+
+
+def chunk_of(pages: set[int] | list[int], place: int) -> Chunk:
+    """A chunk of these pages."""
+    runs = runs_of(pages)
+    return Chunk(runs, place, len(pages), np.full(len(runs), PE_PRESENT, np.uint64))
 
 
 def whole(fd: int) -> bytes:
@@ -63,7 +70,7 @@ def test_a_chunk_is_written_at_its_place_and_nowhere_else(pages: set[int], place
     buffer = make_buffer(32)
     with image_file() as fd:
         os.pwrite(fd, before, 0)
-        failed = write_chunk(fd, Chunk(runs_of(pages), place, len(pages)), Memory(unreadable), buffer, "pages-1.img")
+        failed = write_chunk(fd, chunk_of(pages, place), Memory(unreadable), buffer, "pages-1.img")
         after = whole(fd)
     assert pages_of(failed) == unreadable
     expected = b"".join(bytes(PAGE) if p in unreadable else content_of(p).tobytes() for p in sorted(pages))
@@ -76,7 +83,7 @@ def test_a_chunk_is_written_at_its_place_and_nowhere_else(pages: set[int], place
 def test_the_order_in_which_chunks_are_written_is_of_no_matter(sets: list[set[int]], random: object) -> None:
     chunks, place = [], 0
     for pages in sets:
-        chunks.append(Chunk(runs_of(pages), place, len(pages)))
+        chunks.append(chunk_of(pages, place))
         place += len(pages)
     expected = b"".join(bytes_of(sorted(pages)) for pages in sets)
     random.shuffle(chunks)  # type: ignore[attr-defined]
@@ -91,7 +98,7 @@ def test_the_order_in_which_chunks_are_written_is_of_no_matter(sets: list[set[in
 def test_a_short_write_is_gone_on_with() -> None:
     pages = {1, 2, 5, 6, 7}
     with image_file() as fd:
-        write_chunk(fd, Chunk(runs_of(pages), 2, len(pages)), Memory(), make_buffer(8), "pages-1.img")
+        write_chunk(fd, chunk_of(pages, 2), Memory(), make_buffer(8), "pages-1.img")
         assert whole(fd) == bytes(2 * PAGE) + bytes_of(sorted(pages))
 
 
@@ -104,7 +111,7 @@ def test_a_write_that_fails_names_the_image_and_what_to_do(
 
     monkeypatch.setattr(os, "pwrite", fail)
     with image_file() as fd, pytest.raises(ImagesIOError, match=r"/images/pages-1\.img") as caught:
-        write_chunk(fd, Chunk(runs_of({1}), 0, 1), Memory(), make_buffer(1), "/images/pages-1.img")
+        write_chunk(fd, chunk_of({1}, 0), Memory(), make_buffer(1), "/images/pages-1.img")
     assert (caught.value.errno, caught.value.path) == (number, "/images/pages-1.img")
     assert ("free some space" in str(caught.value)) is hint
 

@@ -1,0 +1,202 @@
+"""The client of a page server, CRIU's or incdump's.
+
+A server says nothing of the layout of headers that it expects (`incdump.xfer.wire`). So the first message, which every
+server answers, is sent in the short layout; when no answer comes, the eight bytes follow that make it a long one.
+
+Runs are sent as they lie in a buffer, many in one system call. Calls block and release the GIL; `break_off`, from
+another thread, ends the one that is under way.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from incdump.errors import ConnectionLost, XferError
+from incdump.images.page_reads import rest_of
+from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
+from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from incdump.model.runs import Entries
+    from incdump.xfer.wire import Image
+
+_IOV_MAX = 1024
+_LAYOUT_PATIENCE = 1.0
+"""Seconds, beside 20 round trips, after which a server that has not answered is taken for one of the long layout."""
+_CONNECT_TIMEOUT = 10.0
+
+
+class PageClient:
+    """A connection to a page server.
+
+    Messages may come from several threads, which then take turns.
+
+    :ivar server: where it is, for people.
+    """
+
+    def __init__(self, address: str, port: int, *, timeout: float) -> None:
+        """Connect. Blocks.
+
+        :param timeout: seconds for which the server may take nothing, or not answer.
+        :raises XferError: there is no server.
+        """
+        self.server = f"{address} port {port}"
+        self._timeout = timeout
+        self._layout: Layout | None = None
+        self._lock = threading.Lock()
+        began = time.monotonic()
+        try:
+            self._socket = socket.create_connection((address, port), min(timeout, _CONNECT_TIMEOUT))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
+            self._set_timeouts(timeout)
+        except OSError as error:
+            raise XferError(
+                f"no page server at {self.server}: {error.strerror or error}; start one there "
+                "(incdump page-server, criu page-server)",
+                errno=error.errno,
+            ) from error
+
+    def ask(self, image: Image) -> bool:
+        """Whether the server has parent images of an image.
+
+        :raises ConnectionLost: the server has gone, or is silent.
+        """
+        with self._lock:
+            return bool(self._ask(Message(Command.PARENT, 0, 0, 0, image.dst_id), ANSWER.size))
+
+    def open(self, image: Image) -> bool:
+        """Begin an image: what is sent next is of it.
+
+        :returns: whether the server has parent images of it.
+        :raises ConnectionLost: the server has gone, or is silent.
+        """
+        with self._lock:
+            return bool(self._ask(Message(Command.OPEN2, 0, 0, 0, image.dst_id), 1))
+
+    def send(self, image: Image, entries: Entries, places: NDArray[np.int64], buffer: NDArray[np.uint8]) -> None:
+        """Send runs of the image that was opened last.
+
+        :param entries: shape (n, 3), ascending.
+        :param places: where the bytes of each begin in the buffer; of a hole it means nothing. Shape (n,).
+        :raises ConnectionLost: the server has gone, takes nothing, or refuses what was sent.
+        """
+        assert self._layout is not None
+        headers = encode_runs(entries, image.dst_id, self._layout)
+        with self._lock:
+            parts = _parts(headers, entries, places, buffer)
+            while batch := list(islice(parts, _IOV_MAX)):
+                self._send(batch)
+
+    def end(self) -> None:
+        """Say that this was all, and wait until the server has it.
+
+        :raises ConnectionLost: it does not say so.
+        """
+        with self._lock:
+            if self._ask(Message(Command.CLOSE, 0, 0, 0, 0), ANSWER.size):
+                raise XferError(f"the page server at {self.server} failed to keep the pages: see its log")
+
+    def break_off(self) -> None:
+        """End the connection, and whatever waits for it. Never blocks, never fails."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection; a server that was not told the end drops what it has."""
+        self._socket.close()
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, message: Message, size: int) -> int:
+        if self._layout is None:
+            if message.command is Command.CLOSE:  # the first: both layouts would do
+                self._send([memoryview(encode(message, Layout.SHORT))])
+                return int.from_bytes(self._receive(size), "little", signed=True)
+            return self._ask_first(message, size)
+        self._send([memoryview(encode(message, self._layout))])
+        return int.from_bytes(self._receive(size), "little", signed=True)
+
+    def _ask_first(self, message: Message, size: int) -> int:
+        self._send([memoryview(encode(message, Layout.SHORT))])
+        self._set_timeouts(self._patience)
+        try:
+            answer = self._receive(size)
+            self._layout = Layout.SHORT
+        except _Silence:
+            self._send([memoryview(late_end(message))])
+            self._set_timeouts(self._timeout)
+            answer = self._receive(size)
+            self._layout = Layout.LONG
+        else:
+            self._set_timeouts(self._timeout)
+        return int.from_bytes(answer, "little", signed=True)
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            try:
+                more = self._socket.recv(size - len(data))
+            except BlockingIOError:
+                raise _Silence(f"the page server at {self.server} did not answer for {self._timeout:g} s") from None
+            except OSError as error:
+                raise self._broken(error) from None
+            if not more:
+                raise ConnectionLost(f"the page server at {self.server} hung up: see its log")
+            data += more
+        return data
+
+    def _send(self, parts: list[memoryview]) -> None:
+        while parts:
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
+            except OSError as error:
+                raise self._broken(error) from None
+            parts = rest_of(parts, sent)
+
+    def _broken(self, error: OSError) -> ConnectionLost:
+        return ConnectionLost(
+            f"the connection to the page server at {self.server} broke ({error.strerror}): see its log",
+            errno=error.errno,
+        )
+
+    def _set_timeouts(self, seconds: float) -> None:
+        self._socket.settimeout(None)
+        value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+class _Silence(ConnectionLost):
+    """The server does not answer."""
+
+
+def _parts(
+    headers: NDArray[np.uint8], entries: Entries, places: NDArray[np.int64], buffer: NDArray[np.uint8]
+) -> Iterator[memoryview]:
+    """Headers, each with the bytes behind it; those of holes that follow one another in one piece."""
+    data, heads = buffer.data, headers.data.cast("B")
+    size = headers.shape[1]
+    present = np.flatnonzero(entries[:, 2] & np.uint64(PE_PRESENT))
+    ends = places + (entries[:, 1] << np.uint64(PAGE_SHIFT)).astype(np.int64)
+    begin = 0
+    for row, start, end in zip(present.tolist(), places[present].tolist(), ends[present].tolist(), strict=True):
+        yield heads[begin * size : (row + 1) * size]
+        yield data[start:end]
+        begin = row + 1
+    if begin < len(entries):
+        yield heads[begin * size :]
