@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from incdump.cli.invocation import Command, Invocation, error_fields, json_option, one_line, print_json, verbose_option
+from incdump.cli.invocation import (
+    SECONDS,
+    Command,
+    Invocation,
+    error_fields,
+    json_option,
+    one_line,
+    print_json,
+    verbose_option,
+)
 from incdump.errors import BadImage, BrokenChain, CheckError, ParentMismatch, UnfinishedImages
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ Examples:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     default=10.0,
     metavar="SECONDS",
     show_default=True,

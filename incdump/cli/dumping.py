@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
+from incdump.cli.invocation import SECONDS, Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
 from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_writers
@@ -63,7 +63,7 @@ _OPTIONS = (
     ),
     click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=SECONDS,
         default=10.0,
         metavar="SECONDS",
         show_default=True,

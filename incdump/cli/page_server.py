@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.invocation import (
+    SECONDS,
     Command,
     Invocation,
     error_fields,
@@ -60,7 +61,7 @@ Examples:
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a session.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SECONDS,
     default=120.0,
     metavar="SECONDS",
     show_default=True,
@@ -114,10 +115,10 @@ def command(
     server = PageServer(images_dir, parent=parent, options=options)
     try:
         run(lambda: _serve(invocation, server, status_fd))
-    except Stopped:
+    except Stopped as stopped:
         if server.was_serving:
-            raise
-        # It was told to end, and nothing was lost by that.
+            raise Stopped(stopped.number, "the session under way was dropped, nothing of it is left") from None
+        # Else it was told to end, and nothing was lost by that.
 
 
 async def _serve(invocation: Invocation, server: PageServer, status_fd: int | None) -> None:

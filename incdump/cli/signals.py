@@ -25,10 +25,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Stopped(Exception):
     """A signal ended the command."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}: the target runs on, nothing half done is left behind"
-        )
+    def __init__(self, number: int, outcome: str = "the target runs on, nothing half done is left behind") -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}: {outcome}")
+        self.number = number
         self.exit_code = 128 + number
 
 

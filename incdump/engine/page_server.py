@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import anyio
 
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesError, IncdumpError, XferError
+from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, XferError
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import RECEIVED, NewImagesDir
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
+from incdump.xfer.sockets import hang_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from incdump.xfer.received import Received
 
 _BACKLOG = 8
+_AFTER_A_FAILED_ACCEPT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,6 @@ class PageServer:
         self._path = Path(os.path.abspath(images_dir))
         self._parent = parent
         self._done = 0  # sessions that have their directory, those of earlier runs included
-        self._first = 1
         self._listener: socket.socket | None = None
         self.host, self.port = self._options.address, self._options.port
         self.was_serving = False
@@ -117,18 +118,23 @@ class PageServer:
         :raises incdump.errors.XferError: it cannot listen there.
         :raises incdump.errors.ImagesError: the images dir, or the parent, cannot be used.
         """
-        if not self._options.own_dirs:
-            NewImagesDir.create(self._path, self._parent).discard()  # said now, not when a client is there
-        else:
+        if self._options.own_dirs:
             self._done = _last_number(self._path)
-            self._first = self._done + 1
+            if self._done and self._parent is not None:
+                raise ImagesDirInUse(
+                    f"{self._path} holds {self._done} sessions already, and the next one stands on the last of them: "
+                    "leave --prev-images-dir out, or choose another directory",
+                    path=self._path,
+                )
             if self._parent is not None and not os.path.isabs(self._parent):
                 self._parent = os.path.join("..", self._parent)  # as seen from the first session's directory
+        NewImagesDir.create(*self._place(self._done + 1)).discard()  # what is wrong is said now
         try:
             self._listener = await in_thread(self._listen)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             where = f"{self._options.address} port {self._options.port}"
-            raise XferError(f"cannot listen on {where}: {error.strerror or error}", errno=error.errno) from error
+            reason, number = (error.strerror, error.errno) if isinstance(error, OSError) else (None, None)
+            raise XferError(f"cannot listen on {where}: {reason or error}", errno=number) from error
         self.host, self.port = self._listener.getsockname()[:2]
         return self
 
@@ -139,7 +145,7 @@ class PageServer:
     def _listen(self) -> socket.socket:
         found = socket.getaddrinfo(self._options.address, self._options.port, type=socket.SOCK_STREAM)
         family, _, _, _, where = found[0]
-        listener = socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+        listener = socket.create_server(where, family=family, backlog=_BACKLOG)
         listener.setblocking(False)
         return listener
 
@@ -153,39 +159,56 @@ class PageServer:
         reports: list[SessionReport] = []
         left = self._options.rounds if self._options.own_dirs else 1
         while left is None or left > 0:
-            report = await self._serve_next(self._done + 1)
+            report = await self._serve_next(on_session)
             if report.error is None:
-                self._done += 1
                 left = None if left is None else left - 1
-            if report.error is not None and not self._options.own_dirs:
-                raise report.error
-            if on_session is not None:
-                on_session(report)
             if left is not None:  # else nobody will see them, and there may be many
                 reports.append(report)
         return reports
 
-    async def _serve_next(self, number: int) -> SessionReport:
+    async def _serve_next(self, on_session: Callable[[SessionReport], None] | None) -> SessionReport:
         assert self._listener is not None
-        connection, peer = await asyncio.get_running_loop().sock_accept(self._listener)
-        client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
-        with connection:
-            serving = asyncio.ensure_future(in_thread(self._session, connection, number, client))
-            try:
-                return await asyncio.shield(serving)
-            except asyncio.CancelledError:
-                self.was_serving = True
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)  # the thread's call ends, and with it the session
-                await _ended(serving)
-                raise
+        try:
+            connection, peer = await asyncio.get_running_loop().sock_accept(self._listener)
+        except OSError as error:  # no descriptors left, a network that is down: of this client, not of the server
+            report = SessionReport("", None, error=XferError(f"cannot take a client: {error.strerror}"))
+            await asyncio.sleep(_AFTER_A_FAILED_ACCEPT)
+        else:
+            client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
+            with connection:
+                serving = asyncio.ensure_future(in_thread(self._session, connection, self._done + 1, client))
+                try:
+                    report = await asyncio.shield(serving)
+                except asyncio.CancelledError:
+                    hang_up(connection)  # the thread's call ends, and with it the session
+                    await _ended(serving)
+                    self.was_serving = not self._take(serving.result(), on_session)
+                    raise
+        self._take(report, on_session)
+        return report
+
+    def _take(self, report: SessionReport, on_session: Callable[[SessionReport], None] | None) -> bool:
+        """Count a session, and tell of it; returns whether it is complete.
+
+        :raises incdump.errors.IncdumpError: the only session broke.
+        """
+        if report.error is None:
+            self._done += 1
+        elif not self._options.own_dirs and report.client:
+            raise report.error
+        if on_session is not None:
+            on_session(report)
+        return report.error is None
+
+    def _place(self, number: int) -> tuple[Path, str | None]:
+        """A session's directory, and its parent as seen from there."""
+        if not self._options.own_dirs:
+            return self._path, self._parent
+        return self._path / str(number), self._parent if number == 1 else f"../{number - 1}"
 
     def _session(self, connection: socket.socket, number: int, client: str) -> SessionReport:
         """One session. Blocks."""
-        own = self._options.own_dirs
-        path = self._path / str(number) if own else self._path
-        before = f"../{number - 1}" if own and number > 1 else None
-        parent = self._parent if number == self._first and self._parent is not None else before
+        path, parent = self._place(number)
         try:
             images = NewImagesDir.create(path, parent)
             receiver = None

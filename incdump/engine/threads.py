@@ -67,7 +67,8 @@ async def in_thread(
             call.ended.set()
 
     try:
-        return await anyio.to_thread.run_sync(run, limiter=limiter)
+        # What can be broken off is not waited for over there, but here.
+        return await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=break_off is not None)
     except BaseException:
         if not call.call_off():
             if break_off is not None and not call.ended.is_set():

@@ -56,7 +56,7 @@ class NewImagesDir:
         self.finished = False
         self._dir_fd = -1
         self._made_dirs: list[Path] = []
-        self._made_files: list[str] = []
+        self._made_files: dict[str, None] = {}  # in the order in which they were made
         self._subdirs: list[Path] = []
         self._pages_ids = itertools.count(1)
 
@@ -98,7 +98,7 @@ class NewImagesDir:
             )
         if parent is not None and link is None:
             os.symlink(parent, PARENT, dir_fd=self._dir_fd)
-            self._made_files.append(PARENT)
+            self._made_files[PARENT] = None
         if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
             # Said now and not after minutes of scanning.
             probe = ".incdump-probe"
@@ -144,7 +144,7 @@ class NewImagesDir:
             raise self._in_use(name) from error
         except OSError as error:
             raise_io_error(error, "create", self.path / name)
-        self._made_files.append(name)
+        self._made_files[name] = None
         return fd
 
     def write_image(self, name: str, magic: Magic, records: Iterable[bytes]) -> None:
@@ -165,11 +165,13 @@ class NewImagesDir:
         if os.path.basename(name) != name:
             raise ValueError(f"not a plain file name: {name!r}")
         # Noted first, so that what is left of a failed write goes too; a file of somebody else is not ours to note.
-        self._made_files.append(name)
+        is_ours = name in self._made_files
+        self._made_files[name] = None
         try:
             write_file(name, [data] if isinstance(data, bytes) else data, dir_fd=self._dir_fd, shown=self.path / name)
         except FileExistsError as error:
-            self._made_files.remove(name)
+            if not is_ours:
+                del self._made_files[name]
             raise self._in_use(name) from error
 
     def remove(self, name: str) -> None:
@@ -183,7 +185,7 @@ class NewImagesDir:
             os.unlink(name, dir_fd=self._dir_fd)
         except OSError as error:
             raise_io_error(error, "remove", self.path / name)
-        self._made_files.remove(name)
+        del self._made_files[name]
 
     def make_subdir(self, name: str) -> Path:
         """Make a directory for somebody else's files, to be adopted later.
@@ -215,7 +217,8 @@ class NewImagesDir:
             os.rename(name, new, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
         except OSError as error:
             raise_io_error(error, "rename", self.path / name)
-        self._made_files[self._made_files.index(name)] = new
+        del self._made_files[name]
+        self._made_files[new] = None
 
     def adopt(self, name: str, source: Path) -> None:
         """Take over a file that somebody else made, by renaming it.
@@ -226,11 +229,11 @@ class NewImagesDir:
         """
         if self._exists(name):
             raise self._in_use(name)
-        self._made_files.append(name)
+        self._made_files[name] = None
         try:
             os.rename(source, name, dst_dir_fd=self._dir_fd)
         except OSError as error:
-            self._made_files.remove(name)
+            del self._made_files[name]
             raise_io_error(error, "take over", source)
 
     def finish(self, inventory: bytes) -> None:
@@ -267,7 +270,7 @@ class NewImagesDir:
                 self._dir_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         while self._made_files:
             with suppress(OSError):
-                os.unlink(self._made_files.pop(), dir_fd=self._dir_fd)
+                os.unlink(self._made_files.popitem()[0], dir_fd=self._dir_fd)
         self._close()
         self.remove_subdirs()
         while self._made_dirs:
@@ -285,6 +288,8 @@ class NewImagesDir:
             os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise_io_error(error, "look at", self.path / name)
         return True
 
     def _in_use(self, name: str) -> ImagesDirInUse:

@@ -10,10 +10,8 @@ another thread, ends the one that is under way.
 from __future__ import annotations
 
 import socket
-import struct
 import threading
 import time
-from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,7 @@ import numpy as np
 from incdump.errors import ConnectionLost, XferError
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
+from incdump.xfer.sockets import hang_up, limit_calls
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
@@ -59,14 +58,15 @@ class PageClient:
         began = time.monotonic()
         try:
             self._socket = socket.create_connection((address, port), min(timeout, _CONNECT_TIMEOUT))
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
-            self._set_timeouts(timeout)
-        except OSError as error:
+            limit_calls(self._socket, timeout)
+        except (OSError, UnicodeError) as error:
+            number = error.errno if isinstance(error, OSError) else None
+            reason = error.strerror if isinstance(error, OSError) else None
             raise XferError(
-                f"no page server at {self.server}: {error.strerror or error}; start one there "
+                f"no page server at {self.server}: {reason or error}; start one there "
                 "(incdump page-server, criu page-server)",
-                errno=error.errno,
+                errno=number,
             ) from error
 
     def ask(self, image: Image) -> bool:
@@ -94,6 +94,8 @@ class PageClient:
         :raises ConnectionLost: the server has gone, takes nothing, or refuses what was sent.
         """
         assert self._layout is not None
+        if not len(entries):
+            return
         headers = encode_runs(entries, image.dst_id, self._layout)
         with self._lock:
             parts = _parts(headers, entries, places, buffer)
@@ -111,8 +113,7 @@ class PageClient:
 
     def break_off(self) -> None:
         """End the connection, and whatever waits for it. Never blocks, never fails."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        hang_up(self._socket)
 
     def close(self) -> None:
         """Close the connection; a server that was not told the end drops what it has."""
@@ -131,17 +132,17 @@ class PageClient:
 
     def _ask_first(self, message: Message, size: int) -> int:
         self._send([memoryview(encode(message, Layout.SHORT))])
-        self._set_timeouts(self._patience)
+        limit_calls(self._socket, self._patience)
         try:
             answer = self._receive(size)
             self._layout = Layout.SHORT
         except _Silence:
             self._send([memoryview(late_end(message))])
-            self._set_timeouts(self._timeout)
+            limit_calls(self._socket, self._timeout)
             answer = self._receive(size)
             self._layout = Layout.LONG
         else:
-            self._set_timeouts(self._timeout)
+            limit_calls(self._socket, self._timeout)
         return int.from_bytes(answer, "little", signed=True)
 
     def _receive(self, size: int) -> bytes:
@@ -173,12 +174,6 @@ class PageClient:
             f"the connection to the page server at {self.server} broke ({error.strerror}): see its log",
             errno=error.errno,
         )
-
-    def _set_timeouts(self, seconds: float) -> None:
-        self._socket.settimeout(None)
-        value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 class _Silence(ConnectionLost):

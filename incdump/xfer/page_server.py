@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from incdump.errors import ConnectionLost, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SIZE
+from incdump.xfer.sockets import limit_calls
 from incdump.xfer.wire import ENDS, LONGEST, Command, Headers, Image, Layout, encode_answer, encode_has_parent
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Session:
         self._start = self._end = 0  # of what was received, and is not yet understood
         self._pages: list[memoryview] = []  # of the open image, in the buffer, not yet written
         try:
-            _set_timeouts(connection, timeout)
+            limit_calls(connection, timeout)
         except OSError as error:
             raise _broken(error) from None
 
@@ -169,15 +169,3 @@ class Session:
 
 def _broken(error: OSError) -> ConnectionLost:
     return ConnectionLost(f"the connection broke: {error.strerror}", errno=error.errno)
-
-
-def _set_timeouts(connection: socket.socket, timeout: float | None) -> None:
-    """Limit each system call, in the kernel: Python's own timeouts have it poll before each of them."""
-    connection.settimeout(None)
-    seconds = 0.0 if timeout is None else max(timeout, 1e-3)
-    value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -13,16 +13,17 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from incdump._uapi.fallocate import punch_hole
-from incdump.errors import ProtocolError, XferError
-from incdump.images.framing import raise_io_error
+from incdump.errors import ImagesError, ProtocolError, XferError
+from incdump.images.framing import raise_io_error, read_file
 from incdump.images.page_reads import cut
-from incdump.images.pagemap import decode_in_parts, encode_entries, encode_head
+from incdump.images.pagemap import Pagemap, decode_in_parts, decode_pagemap, encode_entries, encode_head
 from incdump.model.runs import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -47,8 +48,11 @@ FIRST_PAGES_ID = 0x10001
 RUNS_AT_ONCE = 1 << 15
 MOST_IMAGES = 1 << 16
 """Images in one session: each costs two files."""
+MOST_RUNS = 1 << 24
+"""Runs of one image: its pagemap is read as a whole when the next session stands on it."""
 _HIGHEST_PID = 1 << 31
-_GOOD_FLAGS = frozenset((PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT, PE_LAZY))
+_MOST_PAGES = 1 << 63 - PAGE_SHIFT
+_GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
 
 
 @dataclass(slots=True)
@@ -77,19 +81,35 @@ class _Open:
         pages_id = images.next_pages_id()
         self.pages_path = images.path / f"pages-{pages_id}.img"
         self.pagemap_path = images.path / self.name
+        self.rows = array("Q")
+        self.runs = 0  # written to the pagemap
+        self.pages = 0.0  # of these
+        self.reach = 0  # where the last of them ended
+        self.pagemap_fd = -1
         self.pages_fd = images.open_pages(pages_id)
         try:
             self.pagemap_fd = images.open_file(f"{self.name}.unfinished")
+            _write(self.pagemap_fd, encode_head(pages_id), self.pagemap_path)
         except BaseException:
-            os.close(self.pages_fd)
+            with suppress(ImagesError):
+                self.close()
             raise
-        self.rows = array("Q")
-        self.reach = 0  # where the last run ended
-        _write(self.pagemap_fd, encode_head(pages_id), self.pagemap_path)
 
     def close(self) -> None:
-        os.close(self.pages_fd)
-        os.close(self.pagemap_fd)
+        """Close both files.
+
+        :raises ImagesError: what was written has not arrived (NFS).
+        """
+        problem: OSError | None = None
+        for fd in (self.pages_fd, self.pagemap_fd):
+            try:
+                if fd >= 0:
+                    os.close(fd)
+            except OSError as error:
+                problem = error
+        self.pages_fd = self.pagemap_fd = -1
+        if problem is not None:
+            raise_io_error(problem, "write", self.pagemap_path)
 
 
 class ReceivedImages:
@@ -146,7 +166,7 @@ class ReceivedImages:
         has_parent = self.has_parent(image)
         if image in self._done or image == self.current:
             raise ProtocolError(f"the client sends {image.kind}-{image.number} twice")
-        if len(self._done) >= MOST_IMAGES:
+        if len(self._done) + (self._open is not None) >= MOST_IMAGES:
             raise ProtocolError(f"the client sends more than {MOST_IMAGES} images")
         self._end_image()
         self._open = _Open(self._images, image, self._covered(image) if has_parent else None)
@@ -181,7 +201,7 @@ class ReceivedImages:
             return
         table = np.frombuffer(current.rows, np.uint64).reshape(-1, 3)
         current.rows = array("Q")
-        current.reach = _check(table, current.reach, current.image)
+        _check(table, current)
         holes = entry_runs(table[(table[:, 2] & np.uint64(PE_PARENT)) != 0])
         self._check_holes(current, holes)
         for part in encode_entries(table):
@@ -237,12 +257,13 @@ class ReceivedImages:
         for level in () if self._parent is None else self._parent.levels():
             for image, name in self._done.items():
                 path = self._images.path / name
-                for table in decode_in_parts(path.read_bytes(), path)[1]:
+                for table in decode_in_parts(read_file(path) or b"", path)[1]:
                     self.received.punched += _punch(level, image, canonical(entry_runs(present_entries(table))))
 
     def discard(self) -> None:
         """Remove everything that has come. Never fails."""
-        self._close()
+        with suppress(ImagesError):
+            self._close()
         self._images.discard()
 
     def _close(self) -> None:
@@ -261,35 +282,40 @@ def _check_number(image: Image) -> None:
         raise ProtocolError(f"the client names {image.kind}-{image.number}, which cannot be")
 
 
-def _check(table: Entries, reach: int, image: Image) -> int:
-    """Make sure that runs are what a pagemap may have.
+def _check(table: Entries, current: _Open) -> None:
+    """Make sure that runs are what a pagemap may have, and note where they end.
 
     :param table: shape (n, 3): vaddr, pages, flags; no run longer than `incdump.xfer.wire.MOST_PAGES`.
-    :param reach: where the run before them ended.
-    :returns: where the last one ends.
     """
     vaddr, pages, flags = table.T
     end = vaddr + (pages << np.uint64(PAGE_SHIFT))
-    before = np.concatenate((np.array([reach], np.uint64), end[:-1]))
+    before = np.concatenate((np.array([current.reach], np.uint64), end[:-1]))
     problems = (
         ((vaddr & np.uint64(PAGE_SIZE - 1)) != 0, "is not page aligned"),
         (pages == 0, "has no pages"),
         (end <= vaddr, "ends beyond the address space"),
-        (~np.isin(flags, list(_GOOD_FLAGS)), "has impossible flags"),
+        (flags == PE_LAZY, "is left to a lazy-pages server: dump without --lazy-pages"),
+        (~np.isin(flags, _GOOD_FLAGS), "has impossible flags"),
         (vaddr < before, "begins before the end of the run before it"),
     )
     for wrong, what in problems:
         if wrong.any():
             where = int(vaddr[int(wrong.argmax())])
-            raise ProtocolError(f"the run at {where:#x} of {image.kind}-{image.number} {what}", vaddr=where)
-    return int(end[-1])
+            raise ProtocolError(f"the run at {where:#x} of {current.name} {what}", vaddr=where)
+    current.reach = int(end[-1])
+    current.runs += len(table)
+    current.pages += float(pages.sum(dtype=np.float64))
+    if current.runs > MOST_RUNS or current.pages >= _MOST_PAGES:
+        raise ProtocolError(f"the client sends more of {current.name} than there can be")
 
 
 def _punch(level: ImagesDir, image: Image, runs: Runs) -> int:
     """Give back what a level's pages image has of some pages; returns how many bytes that are."""
-    pagemap = level.load(_kind(image), image.number)
-    if pagemap is None:
+    pagemap_path = level.image_path(_kind(image), image.number)
+    data = read_file(pagemap_path)
+    if data is None:
         return 0
+    pagemap = Pagemap(*decode_pagemap(data, pagemap_path))
     pieces, _ = cut(np.column_stack((runs, runs[:, 0])), pagemap)
     row = pieces[:, 3].astype(np.int64)
     here = (pagemap.entries[row, 2] & np.uint64(PE_PRESENT)) != 0

@@ -59,6 +59,9 @@ OPENING = (Command.PARENT, Command.OPEN, Command.OPEN2, *ENDS)
 """What says nothing of an address: it is 0 there."""
 
 
+_RUNS = (Command.ADD, Command.HOLE, Command.ADD_F)
+
+
 class Layout(Enum):
     """How a header is laid out; the value is its size, bytes."""
 
@@ -191,8 +194,8 @@ def decode(data: Buffer, layout: Layout, offset: int = 0) -> Message:
 class Headers:
     """The headers of one connection, which tells their layout by its first 24 bytes.
 
-    In the short layout the last eight of these are a dst_id, whose low byte is a kind of image. In the long one they
-    are an address: that of a page, or 0 in a message about none.
+    In the short layout the last eight of these are a dst_id, whose low byte is a kind of image, never 0. In the long
+    one they are an address: that of a page, or 0 in a message about none.
 
     A client that has lost patience with a server that was busy has made its first, short message a long one meanwhile
     (`late_end`), and goes on so.
@@ -237,9 +240,11 @@ class Headers:
     def _tell(data: Buffer, offset: int) -> Layout | None:
         """The layout of the first header; None: both would do, as all that follows the command is zeros."""
         word, pages, vaddr, last = _SHORT.unpack_from(data, offset)
-        if word & 0xFFFF in ENDS and not (pages or vaddr or last):
+        command = word & 0xFFFF
+        if command in ENDS and not (pages or vaddr or last):
             return None
-        return Layout.SHORT if last & 0xFF in _KINDS else Layout.LONG
+        is_address = last == 0 if command in OPENING else command in _RUNS and last % PAGE_SIZE == 0
+        return Layout.LONG if is_address else Layout.SHORT
 
 
 def encode_answer(value: int) -> bytes:

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +112,46 @@ def test_a_server_that_is_started_again_goes_on_with_the_chain(images_root: Path
             assert session(server)["images_dir"] == str(images_root / str(number))
             assert wait(server).code == 0
     assert len(incdump.check(images_root / "3").levels) == 3
+
+
+def test_a_server_that_is_started_again_takes_no_other_parent(images_root: Path) -> None:
+    """Its next round would else have holes that are filled from before the rounds that came since."""
+    with serving("-D", images_root / "base", "--once") as (server, port):
+        send(port, noise(4))
+        wait(server)
+    options = ("-D", images_root / "rounds", "--rounds", 1, "--prev-images-dir", "../base")
+    with serving(*options) as (server, port):
+        send(port, noise(2), holes=2)
+        wait(server)
+    refused(command.incdump("page-server", *options), 4, "holds 1 sessions already", "leave --prev-images-dir out")
+
+
+def test_what_a_killed_server_left_is_said_when_it_is_started_again(images_root: Path) -> None:
+    with serving("-D", images_root) as (server, port), PageClient.connect(port) as client:
+        client.open(process(PID))
+        server.kill()
+        server.wait()
+    refused(command.incdump("page-server", "-D", images_root), 4, "holds an unfinished dump")
+
+
+def test_a_client_is_hung_up_on_when_the_server_ends(images_root: Path) -> None:
+    for _ in range(5):
+        with serving("-D", images_root) as (server, port), PageClient.connect(port) as client:
+            client.open(process(PID))
+            streaming = threading.Thread(target=_stream, args=(client,))
+            streaming.start()
+            time.sleep(0.05)
+            server.send_signal(signal.SIGTERM)
+            streaming.join(5)
+            assert not streaming.is_alive()
+            assert wait(server).code == 128 + signal.SIGTERM
+
+
+def _stream(client: PageClient) -> None:
+    data = noise(1000)
+    with suppress(OSError):
+        for number in range(100_000):
+            client.pages(BASE + number * len(data), data)
 
 
 def test_the_first_session_stands_on_the_parent_images_that_were_named(images_root: Path) -> None:
@@ -238,6 +280,10 @@ def test_what_cannot_be_served_is_refused_at_once(images_root: Path) -> None:
         (("does not exist",), 4, ("-D", images_root / "2", "--once", "--prev-images-dir", "../none")),
         (("cannot listen on 192.0.2.1",), 8, ("-D", images_root / "2", "--address", "192.0.2.1")),
         (("cannot listen on no.such.host.invalid",), 8, ("-D", images_root / "2", "--address", "no.such.host.invalid")),
+        (("does not exist",), 4, ("-D", images_root / "2", "--prev-images-dir", "../none")),
+        (("is no time",), 2, ("-D", images_root / "2", "--timeout", "nan")),
+        (("is no time",), 2, ("-D", images_root / "2", "--timeout", "inf")),
+        (("cannot listen on",), 8, ("-D", images_root / "2", "--address", "a" * 70 + ".b")),
         (("either --once or --rounds",), 2, ("-D", images_root / "2", "--once", "--rounds", 3)),
     ):
         refused(command.incdump("page-server", *options), code, *words)

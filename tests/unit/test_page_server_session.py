@@ -18,7 +18,8 @@ from incdump.errors import BadImage, ConnectionLost, ImagesError, IncdumpError, 
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import NewImagesDir
 from incdump.xfer.page_server import BUFFER, Session
-from incdump.xfer.received import MOST_IMAGES, RUNS_AT_ONCE, Received, ReceivedImages
+from incdump.xfer.received import MOST_IMAGES, MOST_RUNS, RUNS_AT_ONCE, Received, ReceivedImages
+from incdump.xfer.wire import Image
 from tests.page_client import (
     ADD,
     ADD_F,
@@ -237,19 +238,14 @@ def test_a_client_with_nothing_to_say_is_complete(tmp_path: Path, layout: int) -
     assert (tmp_path / "1" / "incdump-received.json").exists()
 
 
-def test_more_runs_than_are_kept_in_memory(tmp_path: Path) -> None:
-    write_parent(tmp_path / "1", {PID: [(BASE, noise(1))]})
-    count = RUNS_AT_ONCE + 1000
-    server = Server(tmp_path / "2")
-    with PageClient(server.sock) as client:
-        client.open(process(PID))
-        runs = (header(SHORT, ADD_F, flags=2, pages=1, vaddr=i << 13, dst_id=process(PID)) for i in range(count))
-        server.sock.sendall(b"".join(runs))
-        assert client.end() == bytes(4)
-    server.outcome()
-    entries = ImagesDir(tmp_path / "2").pagemap(PID)
-    assert entries is not None
-    assert (entries[:, 0] == np.arange(count, dtype=np.uint64) << np.uint64(13)).all()
+def test_more_runs_than_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert RUNS_AT_ONCE == 32768
+    monkeypatch.setattr("incdump.xfer.received.RUNS_AT_ONCE", 7)
+    sent = [(BASE + 2 * number * PAGE, noise(1)) for number in range(100)]
+    write_parent(tmp_path / "1", {PID: sent})
+    images = ImagesDir(tmp_path / "1")
+    for vaddr, data in sent:
+        assert images.read(PID, vaddr, PAGE) == data
 
 
 def test_what_is_there_already_is_given_back_by_the_parents(tmp_path: Path) -> None:
@@ -288,14 +284,15 @@ def test_what_is_there_already_is_given_back_by_the_parents(tmp_path: Path) -> N
 # -- what is to be refused ----------------------------------------------------------------------------------------
 
 BAD_RUNS = {
-    "is not page aligned": [(BASE + 1, 1, 2)],
-    "has no pages": [(BASE, 0, 2)],
-    "ends beyond the address space": [(2**64 - PAGE, 1, 2)],
+    "is not page aligned": [(BASE + 1, 1, PRESENT)],
+    "has no pages": [(BASE, 0, PRESENT)],
+    "ends beyond the address space": [(2**64 - PAGE, 1, PRESENT)],
     "impossible flags": [(BASE, 1, 0)],
+    "is left to a lazy-pages server": [(BASE, 1, 2)],
     "has impossible flags": [(BASE, 1, IN_PARENT | PRESENT)],
-    "flags": [(BASE, 1, 0x8002)],
-    "begins before the end": [(BASE, 5, 2), (BASE + 4 * PAGE, 1, 2)],
-    "before the end of the run before it": [(BASE + PAGE, 1, 2), (BASE, 1, 2)],
+    "flags": [(BASE, 1, 0x8001)],
+    "begins before the end": [(BASE, 5, PRESENT), (BASE + 4 * PAGE, 1, PRESENT)],
+    "before the end of the run before it": [(BASE + PAGE, 1, PRESENT), (BASE, 1, PRESENT)],
 }
 
 
@@ -362,9 +359,37 @@ def test_more_images_than_there_may_be_are_refused(tmp_path: Path, monkeypatch: 
     assert MOST_IMAGES == 65536
     monkeypatch.setattr("incdump.xfer.received.MOST_IMAGES", 20)
     with refused(tmp_path / "1", "more than 20 images") as client:
-        for pid in range(1, 30):
+        for pid in range(1, 22):
             client.say(OPEN, dst_id=process(pid))
         client.hear(1)
+
+
+def test_more_runs_than_there_may_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MOST_RUNS == 1 << 24
+    monkeypatch.setattr("incdump.xfer.received.MOST_RUNS", 20)
+    with refused(tmp_path / "1", "more of pagemap-42.img than there can be") as client:
+        client.open(process(PID))
+        for number in range(21):
+            client.pages(BASE + 2 * number * PAGE, noise(1))
+        client.end()
+
+
+def test_a_full_disk_when_an_image_is_opened_costs_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, os.strerror(28))
+
+    images = NewImagesDir.create(tmp_path / "1")
+    receiver = ReceivedImages(images, None)
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr("incdump.xfer.received.os.write", full)
+        with pytest.raises(ImagesError, match="No space left"):
+            receiver.open(Image("pagemap", PID))
+    assert len(os.listdir("/proc/self/fd")) == before
+    receiver.discard()
+    assert not (tmp_path / "1").exists()
 
 
 def test_more_bytes_than_allowed_are_refused_before_they_are_written(tmp_path: Path) -> None:
@@ -438,8 +463,7 @@ def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
             assert not path.exists()
         else:
             complete += 1
-            with suppress(incdump.UnfinishedImages):  # lazy pages: a flag that damage can set
-                assert len(incdump.check(path).levels) == 2
+            assert len(incdump.check(path).levels) == 2
     assert complete > 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,8 @@ from incdump.xfer.wire import (
     encode,
     encode_answer,
     encode_has_parent,
+    encode_runs,
+    late_end,
 )
 
 # A pre-dump of pid 42 by CRIU 4.2 to CRIU's page server, as it was on the wire; and the same from CRIU 4.1.1.
@@ -49,6 +52,16 @@ GOLDEN = (
         "23100000 00000000 0000000000000000 0000000000000000 0000000000000000",
         "23100000 00000000 0000000000000000 0000000000000000",
     ),
+)
+
+
+messages = st.builds(
+    Message,
+    st.just(Command.ADD_F),
+    st.sampled_from([1, 2, 4, 6]),
+    st.integers(0, 2**30),
+    st.integers(0, 2**52 - 1).map(lambda page: page << 12),
+    st.integers(0, 2**64 - 1),
 )
 
 
@@ -127,6 +140,14 @@ def test_more_pages_than_there_can_be_are_refused() -> None:
             assert decode(data, Layout.LONG).nr_pages == pages
 
 
+@pytest.mark.parametrize("layout", Layout)
+@given(runs=st.lists(messages, min_size=1, max_size=20), dst_id=st.integers(0, 2**64 - 1))
+def test_the_headers_of_runs_are_those_of_each(layout: Layout, runs: list[Message], dst_id: int) -> None:
+    entries = np.array([(run.vaddr, run.nr_pages, run.flags) for run in runs], np.uint64)
+    expected = [encode(run._replace(dst_id=dst_id), layout) for run in runs]
+    assert [row.tobytes() for row in encode_runs(entries, dst_id, layout)] == expected
+
+
 def test_a_short_header_says_no_more_than_32_bits_of_pages() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         encode(Message(Command.ADD_F, 6, 1 << 32, 0, 0x2A01), Layout.SHORT)
@@ -148,20 +169,13 @@ firsts = st.one_of(
         st.integers(1, 2**22),
     ),
 )
-messages = st.builds(
-    Message,
-    st.just(Command.ADD_F),
-    st.sampled_from([1, 2, 4, 6]),
-    st.integers(0, 2**30),
-    st.integers(0, 2**52 - 1).map(lambda page: page << 12),
-    st.integers(0, 2**64 - 1),
-)
 
 
 @given(first=firsts, rest=st.lists(messages, max_size=4), layout=st.sampled_from(Layout), surplus=st.integers(0, 40))
 def test_the_first_message_tells_the_layout(first: Message, rest: list[Message], layout: Layout, surplus: int) -> None:
     data = b"".join(encode(message, layout) for message in (first, *rest))
-    headers, at, found = Headers(), 0, []
+    headers, at = Headers(), 0
+    found: list[Message] = []
     while len(found) < 1 + len(rest):
         # As many bytes as are asked for, or more.
         there = data[: at + headers.needed + surplus]
@@ -173,6 +187,34 @@ def test_the_first_message_tells_the_layout(first: Message, rest: list[Message],
     assert headers.layout is layout
     assert found == [first, *rest]
     assert at == len(data)
+
+
+def test_nonsense_is_known_for_it_by_its_first_24_bytes() -> None:
+    with pytest.raises(ProtocolError, match="unknown command"):
+        Headers().decode(struct.pack("=IIQQ", 99, 0, 0, 0x2A01))
+    for command, dst_id in ((Command.GET, 42), (Command.OPEN2, 0x2A03)):
+        message, _ = Headers().decode(struct.pack("=IIQQ", command, 0, 0, dst_id))
+        assert message == Message(command, 0, 0, 0, dst_id)
+
+
+@given(
+    first=firsts.filter(lambda message: message.command is not Command.ADD_F),
+    rest=st.lists(messages, max_size=4),
+    surplus=st.integers(0, 40),
+)
+def test_a_client_may_change_to_the_long_layout_when_it_has_lost_patience(
+    first: Message, rest: list[Message], surplus: int
+) -> None:
+    data = encode(first, Layout.SHORT) + late_end(first) + b"".join(encode(message, Layout.LONG) for message in rest)
+    headers, at = Headers(), 0
+    found: list[Message] = []
+    while len(found) < 1 + len(rest):
+        message, size = headers.decode(data[: at + headers.needed + surplus], at)
+        at += size
+        if message is not None:
+            found.append(message)
+    assert found == [first, *rest]
+    assert decode(data, Layout.LONG)._replace(vaddr=0) == first  # what a server of the long layout makes of it
 
 
 def test_an_end_without_a_beginning_is_understood_in_either_layout() -> None:

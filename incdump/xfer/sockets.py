@@ -1,0 +1,39 @@
+"""What both ends of a page-server session do with their blocking sockets."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+
+_LONGEST = 1e8
+"""Three years: what the kernel takes for a timeout."""
+
+
+def limit_calls(connection: socket.socket, seconds: float | None) -> None:
+    """Have each system call on a blocking socket fail with EAGAIN after some time; and small messages leave at once.
+
+    The kernel does it: Python's own timeouts have it poll before each call.
+
+    :param seconds: None for ever.
+    :raises OSError: the connection has broken.
+    """
+    connection.settimeout(None)
+    limit = 0.0 if seconds is None else min(max(seconds, 1e-3), _LONGEST)
+    value = struct.pack("@ll", int(limit), int(limit % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection at once, and with it the calls that wait for it, at both ends. Never blocks, never fails.
+
+    It is reset: after a mere shutdown a peer whose data nobody takes any more waits for minutes.
+    """
+    with suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
