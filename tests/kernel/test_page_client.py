@@ -171,8 +171,8 @@ async def test_a_dump_into_a_directory_goes_on_from_pages_at_a_server(
 
 
 @pytest.mark.asyncio
-async def test_what_the_server_does_not_have_is_sent_whole(rewriter: Callable[..., Target], images_root: Path) -> None:
-    target = rewriter(mib=4)
+async def test_what_the_server_does_not_have_is_sent_whole(churn: Callable[..., Target], images_root: Path) -> None:
+    target = churn(seed=73, mib=4)
     chain = Chain(target, images_root)
     await chain.predump()  # into a directory
     async with page_server(images_root / "served") as served:
@@ -261,12 +261,14 @@ async def test_connections_that_are_cut_anywhere_cost_no_write(
             await chain.predump()
             while rounds < 50:
                 rounds += 1
-                # Anywhere in what the last round has sent, its first and last words more often.
+                # Anywhere in what a round sends, its first and last words more often.
                 edge = dice.choice((dice.randrange(200), between.passed - dice.randrange(60)))
-                between.after = dice.choice((edge, dice.randrange(between.passed)))
+                between.after = max(0, dice.choice((edge, dice.randrange(between.passed))))
+                whole = between.passed
                 try:
                     await (chain.dump() if rounds % 3 == 0 else chain.predump())
                 except XferError:
+                    between.passed = whole
                     cut += 1
                     assert not chain.root.joinpath(f"{chain.attempts:03}").exists()
                     assert_untouched(target)
@@ -306,7 +308,7 @@ async def test_a_dump_that_waits_for_its_server_can_be_cancelled(
     assert not (images_root / "1").exists()
     assert_untouched(target)
     chain = Chain(target, images_root)
-    await chain.prove()
+    await chain.prove(check=False)
 
 
 def _take_a_little(listener: socket.socket) -> None:
