@@ -368,10 +368,10 @@ class DumpRun:
         """Say so, or fail, where the parent has the process and the tracker cannot tell what it wrote since."""
         if self._parent is None or process.incremental or process.exited:
             return
+        if process.task.pid != self._pid and not self._parent.holds(process.task):
+            return  # a process that is new since the parent
         if self._parent.lacks_pages(process.task):
             why = f"the page server has no parent images of process {process.task.pid}"
-        elif process.task.pid != self._pid and self._parent.process(process.task) is None:
-            return  # a process that is new since the parent
         else:
             since = f"what process {process.task.pid} wrote since {self._parent.path}"
             why = f"the tracker ({self._tracker}) cannot tell {since}"

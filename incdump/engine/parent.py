@@ -77,19 +77,19 @@ class Parent:
             and entry.get("boot_id", self._boot_id) == self._boot_id
         )
 
+    def holds(self, task: Task) -> bool:
+        """Whether these images have something of a process, not of an earlier one of its pid."""
+        return self._images.has("pagemap", task.vpid) and (self._is_same(task) or self._is_checkpoint)
+
     def process(self, task: Task) -> ParentImages | None:
         """What is known of one process; None if the parent has nothing of it, or of an earlier one of its pid.
 
         A process that was restored from the parent, a checkpoint, has its pid but is another: no tracker has followed
         it, and only hashes tell what of it the parent has.
         """
-        if not self._images.has("pagemap", task.vpid):
+        if not self.holds(task) or self.lacks_pages(task):
             return None
         same = self._is_same(task)
-        if not same and not self._is_checkpoint:
-            return None
-        if self.lacks_pages(task):
-            return None
         entry = (self._processes or {}).get(str(task.vpid), {})
         if not same:
             entry = {"tracker": entry.get("tracker") if entry.get("tracker") == content.NAME else _NONE}

@@ -1,22 +1,28 @@
-"""CRIU dumps to incdump's page server, and restores from what that wrote."""
+"""CRIU dumps to incdump's page server, incdump to CRIU's; CRIU restores from what came of it."""
 
 from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 
 import incdump
+from tests import oracle
 from tests.command import read_until, start, wait
 from tests.criu.criu import CHAINABLE_OPS, criu, dump, restorable_churn, revive
+from tests.criu.criu import page_server as crius_page_server
 from tests.criu.namespaces import in_own_namespaces
-from tests.kernel.support import require_tracker
+from tests.kernel.support import carry_on, of_forced_tracker, require_tracker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from tests.targets.build import Target
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
@@ -74,5 +80,58 @@ def test_criu_pre_dumps_and_dumps_to_incdumps_page_server(images_root: Path, opt
         assert len(report.levels) == 3
         assert report.levels[0].pages_in_parent > 0
         put_together(images_root / "3", served / "3")
+        revive(target, served / "3")
+        target.quit()
+
+
+async def to_crius_server(images_root: Path, number: int, pid: int, kind: str) -> incdump.DumpResult:
+    """A round whose pages go to CRIU's page server, which serves one session."""
+    parent = f"../{number - 1}" if number > 1 else None
+    options = ("--prev-images-dir", f"../{number - 1}") if parent else ()
+    with crius_page_server(images_root / "served" / str(number), *options) as port:
+        call = incdump.predump if kind == "predump" else incdump.dump
+        where = ("127.0.0.1", port)
+        dump_options = of_forced_tracker(incdump.DumpOptions(page_server=where, afterwards="stopped"))
+        if kind == "predump":
+            dump_options = replace(dump_options, afterwards="running")
+        return await call(pid, images_root / "rest" / str(number), parent=parent, options=dump_options)
+
+
+@pytest.mark.asyncio
+async def test_incdump_dumps_to_crius_page_server(churn: Callable[..., Target], images_root: Path) -> None:
+    (images_root / "served").mkdir()
+    target = churn(seed=43, threads=2, processes=2, mib=8)
+    for number in (1, 2, 3):
+        target.step(50)
+        result = await to_crius_server(images_root, number, target.pid, "predump")
+        assert result.incremental == (number > 1)
+        assert not result.warnings
+    target.step(50)
+    result = await to_crius_server(images_root, 4, target.pid, "dump")
+    assert result.incremental
+    assert result.stats.pages_skipped_parent > 0
+    pids = oracle.tree(target.pid)
+    try:
+        report = oracle.compare(images_root / "served" / "4", pids, finished=False)
+    finally:
+        carry_on(pids.values())
+    assert report.ok, report
+    assert report.from_parents
+    target.check()
+
+
+@in_own_namespaces
+def test_criu_ends_a_chain_that_incdump_began_at_crius_page_server(images_root: Path) -> None:
+    require_tracker("soft-dirty")
+    served, rest = images_root / "served", images_root / "rest"
+    served.mkdir()
+    with restorable_churn(images_root, seed=44, threads=2, ops=CHAINABLE_OPS) as target:
+        for number in (1, 2):
+            anyio.run(to_crius_server, images_root, number, target.pid, "predump")
+            target.step(50)
+        with crius_page_server(served / "3", "--prev-images-dir", "../2") as port:
+            to_server = ("--page-server", "--address", "127.0.0.1", "--port", str(port))
+            dump(target.pid, rest / "3", "--track-mem", "--prev-images-dir", "../2", *to_server)
+        put_together(rest / "3", served / "3")
         revive(target, served / "3")
         target.quit()
