@@ -1,0 +1,103 @@
+"""Pages over the network: a dump of incompressible memory to a page server on loopback, in all four combinations.
+
+What is timed is the whole of ``criu dump --leave-running``, and of `incdump.dump`, until the server has said that it
+has everything. The servers are processes of their own, which listen before the time begins.
+
+Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+import incdump
+from benchmarks.bench import NotHere
+from benchmarks.report import Report, alternate
+from tests.command import read_until, start, wait
+from tests.criu.criu import RestorableTarget, criu_path, dump, page_server
+from tests.targets.build import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from benchmarks.bench import Bench
+
+FASTER_SERVER = 1.5
+
+
+def run(bench: Bench) -> Iterator[Report]:
+    """Measure a target of ``bench.mib`` MiB."""
+    if os.geteuid():
+        raise NotHere("needs root, for CRIU")
+    try:
+        criu_path()
+    except pytest.skip.Exception as why:
+        raise NotHere(str(why)) from None
+    target = RestorableTarget([build("rewriter"), f"--mib={bench.mib}"], bench.directory)
+    try:
+
+        def contestant(server: Callable[[Path], object], client: Callable[[Bench, int, int], float]) -> float:
+            with server(bench.new_dir()) as port:  # type: ignore[attr-defined]
+                seconds = client(bench, target.pid, port)
+            for path in bench.directory.iterdir():
+                if path.name.isdecimal():
+                    _remove(path)
+            return seconds
+
+        contestants = {
+            "criu to criu": lambda: contestant(page_server, _criu),
+            "criu to incdump": lambda: contestant(_incdump_server, _criu),
+            "incdump to criu": lambda: contestant(page_server, _incdump),
+            "incdump to incdump": lambda: contestant(_incdump_server, _incdump),
+        }
+        figures = alternate(contestants, bench.rounds)
+    finally:
+        target.close()
+    report = Report("network", f"a dump of {bench.mib:,} MiB to a page server on loopback", figures=figures)
+    report.compare("criu to criu", "criu to incdump", limit=FASTER_SERVER, above=True)
+    report.compare("criu to criu", "incdump to incdump")
+    yield report
+
+
+def _remove(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+    path.rmdir()
+
+
+@contextmanager
+def _incdump_server(images: Path) -> Iterator[int]:
+    server = start("page-server", "--json", "--once", "-D", images)
+    try:
+        yield json.loads(read_until(server.stdout, b"\n"))["port"]
+        done = wait(server)
+        if done.code:
+            raise RuntimeError(f"incdump page-server failed with {done.code}: {done.err}")
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def _criu(bench: Bench, pid: int, port: int) -> float:
+    images = bench.new_dir()
+    began = time.perf_counter()
+    dump(pid, images, "--leave-running", "--page-server", "--address", "127.0.0.1", "--port", str(port))
+    return time.perf_counter() - began
+
+
+def _incdump(bench: Bench, pid: int, port: int) -> float:
+    options = incdump.DumpOptions(page_server=("127.0.0.1", port))
+    images = bench.new_dir()
+
+    async def job() -> incdump.DumpResult:
+        return await incdump.dump(pid, images, options=options)
+
+    return anyio.run(job).stats.total_time / 1e6
