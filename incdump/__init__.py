@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from incdump.engine.check import AgainstReport, check, check_against
     from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
+    from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
     from incdump.engine.restore import restore
     from incdump.engine.session import Session
     from incdump.engine.untrack import untrack
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         BadImage,
         BrokenChain,
         CheckError,
+        ConnectionLost,
         CriuError,
         FreezeTimeout,
         HolderError,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         InjectionFailed,
         NoSuchTarget,
         ParentMismatch,
+        ProtocolError,
         TargetDenied,
         TargetError,
         TargetExited,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
         TrackerLost,
         TrackerUnavailable,
         UnfinishedImages,
+        XferError,
     )
     from incdump.images.chain import ChainReport
     from incdump.images.images_dir import ImagesDir
@@ -76,6 +80,10 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "DumpStats",
     "CheckpointTimes",
     "RestoreResult",
+    # over the network
+    "PageServer",
+    "PageServerOptions",
+    "SessionReport",
     # images
     "ImagesDir",
     "check",
@@ -105,6 +113,9 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "HolderError",
     "CheckError",
     "CriuError",
+    "XferError",
+    "ConnectionLost",
+    "ProtocolError",
 )
 
 _HOME = {
@@ -114,6 +125,9 @@ _HOME = {
     "restore": "incdump.engine.restore",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
+    "PageServer": "incdump.engine.page_server",
+    "PageServerOptions": "incdump.engine.page_server",
+    "SessionReport": "incdump.engine.page_server",
     "DumpOptions": "incdump.model.options",
     "DumpResult": "incdump.model.stats",
     "DumpStats": "incdump.model.stats",

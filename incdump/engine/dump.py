@@ -190,10 +190,10 @@ class DumpRun:
     def _connect(self, address: str, port: int) -> Sending:
         return Sending(address, port, timeout=self._options.page_server_timeout)
 
-    def _break_off(self) -> None:
-        """The dump was cancelled: have no thread wait for the page server."""
-        if self._sending is not None:
-            self._sending.break_off()
+    @property
+    def _break_off(self) -> Callable[[], None] | None:
+        """What is to be done when the dump is cancelled: no thread is to wait for the page server."""
+        return None if self._sending is None else self._sending.break_off
 
     def _undo(self, images: NewImagesDir) -> None:
         for process in self._processes.values():

@@ -18,9 +18,16 @@ import numpy as np
 import pytest
 
 import incdump
-from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
-from incdump.errors import BadImage, ConnectionLost, TrackerLost, XferError
-from incdump.model.options import DumpOptions
+from incdump import (
+    BadImage,
+    ConnectionLost,
+    DumpOptions,
+    PageServer,
+    PageServerOptions,
+    SessionReport,
+    TrackerLost,
+    XferError,
+)
 from incdump.xfer.page_client import PageClient
 from incdump.xfer.wire import Image
 from tests import command, oracle
