@@ -18,6 +18,7 @@ MADV_GUARD_INSTALL = 102
 """Linux 6.13."""
 
 _MAP_PRIVATE_ANONYMOUS = 0x22
+_MAP_DROPPABLE_ANONYMOUS = 0x28  # Linux 6.11
 _MREMAP_MAYMOVE_FIXED = 3
 _MREMAP_DONTUNMAP = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -36,13 +37,16 @@ _madvise = libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-def map_anonymous(length: int, prot: int = PROT_READ | PROT_WRITE) -> int:
+def map_anonymous(length: int, prot: int = PROT_READ | PROT_WRITE, *, droppable: bool = False) -> int:
     """Map private anonymous memory.
 
     :param length: bytes, page aligned.
+    :param droppable: memory that the kernel may take away at any moment.
     :returns: its address.
+    :raises OSError: EINVAL, EOPNOTSUPP: the kernel has no droppable memory.
     """
-    address = _mmap(None, length, prot, _MAP_PRIVATE_ANONYMOUS, -1, 0)
+    flags = _MAP_DROPPABLE_ANONYMOUS if droppable else _MAP_PRIVATE_ANONYMOUS
+    address = _mmap(None, length, prot, flags, -1, 0)
     if address == _MAP_FAILED:
         raise_errno()
     return int(address)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from incdump import kerndat
 from incdump.errors import (
     AlreadyTraced,
     IncdumpError,
@@ -163,7 +164,7 @@ class Watch:
     @property
     def finds_out(self) -> bool:
         """Whether `begin` leaves out mappings that should not be watched even if their flags do not say so."""
-        return self._round is not None
+        return self._round is not None and not kerndat.watches_droppable()
 
     def begin(self, vmas: VmaTable) -> tuple[NDArray[np.bool_], bool]:
         """Put the mappings under watch.

@@ -21,7 +21,7 @@ from incdump.kerndat.pagemap import (
 )
 from incdump.kerndat.soft_dirty_bits import soft_dirty, soft_dirty_moves
 from incdump.kerndat.trying import Feature
-from incdump.kerndat.uffd_wp import uffd_wp_async, userfaultfd_user_mode
+from incdump.kerndat.uffd_wp import uffd_wp_async, userfaultfd_user_mode, watches_droppable
 
 __all__ = [
     "Feature",
@@ -40,6 +40,7 @@ __all__ = [
     "soft_dirty_moves",
     "uffd_wp_async",
     "userfaultfd_user_mode",
+    "watches_droppable",
     "zero_page_pfn",
 ]
 

@@ -118,3 +118,27 @@ def _exercise_exceptions(uffd: int) -> None:
         mapping.write_byte(pages + PAGE_SIZE, 2)
         mapping.advise(pages + 1024 * PAGE_SIZE, 1024 * PAGE_SIZE, mapping.MADV_DONTNEED)
         see([(1, 2), (3, most)], "after page 1 was written and pages 1024 to 2047 were dropped")
+
+
+@cache
+def watches_droppable() -> bool:
+    """Whether a userfaultfd may watch droppable memory: Linux 6.12 for one looks for it in the wrong place.
+
+    Where it may not, that such a mapping cannot be registered tells it from others; only smaps does so everywhere.
+    """
+    try:
+        pages = mapping.map_anonymous(PAGE_SIZE, droppable=True)
+    except OSError:
+        return False  # there is none
+    try:
+        uffd = _open_userfaultfd()
+        try:
+            userfaultfd.api(uffd, userfaultfd.FEATURE_WP_ASYNC | userfaultfd.FEATURE_WP_UNPOPULATED)
+            userfaultfd.register_wp(uffd, pages, PAGE_SIZE)
+        finally:
+            os.close(uffd)
+    except OSError:
+        return False
+    finally:
+        mapping.unmap(pages, PAGE_SIZE)
+    return True

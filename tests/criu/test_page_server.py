@@ -105,7 +105,7 @@ async def test_incdump_dumps_to_crius_page_server(churn: Callable[..., Target], 
         target.step(50)
         result = await to_crius_server(images_root, number, target.pid, "predump")
         assert result.incremental == (number > 1)
-        assert not result.warnings
+        assert not [line for line in result.warnings if "page server" in line]
     target.step(50)
     result = await to_crius_server(images_root, 4, target.pid, "dump")
     assert result.incremental
