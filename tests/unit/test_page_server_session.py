@@ -6,6 +6,7 @@ import json
 import os
 import random
 import socket
+import stat
 import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ from tests.page_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 LAYOUTS = pytest.mark.parametrize("layout", [SHORT, LONG])
@@ -427,10 +428,31 @@ def test_a_full_disk_ends_the_session(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("incdump.xfer.page_server.os.writev", full)
-    with refused(tmp_path / "1", "No space left", ImagesError) as client:
-        client.open(process(PID))
-        client.pages(BASE, noise(100))
-        client.end()
+    for number, call in enumerate(("writev", "splice")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"incdump.xfer.page_server.os.{call}", full if call == "writev" else _spliced_to_a(full))
+            with refused(tmp_path / str(number), "No space left", ImagesError) as client:
+                client.open(process(PID))
+                client.pages(BASE, noise(100 if call == "splice" else 5))
+                client.end()
+
+
+def test_a_file_system_that_cannot_be_spliced_to_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> int:
+        raise OSError(22, os.strerror(22))
+
+    monkeypatch.setattr("incdump.xfer.page_server.os.splice", _spliced_to_a(cannot))
+    sent = [(BASE, noise(100)), (BASE + 200 * PAGE, noise(700)), (BASE + 1000 * PAGE, noise(1))]
+    write_parent(tmp_path / "1", {PID: sent})
+    images = ImagesDir(tmp_path / "1")
+    for vaddr, data in sent:
+        assert images.read(PID, vaddr, len(data)) == data
+
+
+def _spliced_to_a(file: Callable[..., int]) -> Callable[..., int]:
+    """splice(2), to a file of some kind; from a socket it works."""
+    splice = os.splice
+    return lambda source, to, size: splice(source, to, size) if stat.S_ISSOCK(os.fstat(source).st_mode) else file()
 
 
 def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
