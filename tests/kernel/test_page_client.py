@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kernel
 
+SLOWER = float(os.environ.get("INCDUMP_TEST_SLOWER", "1"))
+"""On an emulated machine, which the target shares with both ends, an answer may take long."""
+
 TRACKERS: tuple[TrackerName, ...] = ("uffd-wp", "soft-dirty", "content")
 
 
@@ -66,14 +69,14 @@ class Served:
 
     async def told(self, number: int) -> SessionReport:
         """The report of a session, which may end after its client."""
-        with anyio.fail_after(30):
+        with anyio.fail_after(30 * SLOWER):
             while len(self.reports) < number:
                 await anyio.sleep(0.005)
         return self.reports[number - 1]
 
 
 @asynccontextmanager
-async def page_server(path: Path, *, timeout: float = 20) -> AsyncIterator[Served]:
+async def page_server(path: Path, *, timeout: float = 20 * SLOWER) -> AsyncIterator[Served]:
     """A server that serves any number of sessions."""
     async with (
         PageServer(path, options=PageServerOptions(timeout=timeout)) as server,
@@ -85,8 +88,11 @@ async def page_server(path: Path, *, timeout: float = 20) -> AsyncIterator[Serve
         tasks.cancel_scope.cancel()
 
 
-def to(port: int, tracker: TrackerName = "auto", **options: object) -> DumpOptions:
-    return DumpOptions(tracker=tracker, page_server=("127.0.0.1", port), **options)  # type: ignore[arg-type]
+def to(
+    port: int, tracker: TrackerName = "auto", page_server_timeout: float = 30 * SLOWER, **options: object
+) -> DumpOptions:
+    where = ("127.0.0.1", port)
+    return DumpOptions(tracker=tracker, page_server=where, page_server_timeout=page_server_timeout, **options)  # type: ignore[arg-type]
 
 
 async def prove(chain: Chain, served: Served, options: DumpOptions) -> oracle.Report:
