@@ -16,7 +16,7 @@ from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_write
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from incdump.cli.text import Fact
     from incdump.model.options import Afterwards
@@ -88,18 +88,21 @@ _PAGE_SERVER_OPTIONS = (
 )
 
 
-def page_server_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command whose pages may go to a page server."""
-    for option in reversed(_PAGE_SERVER_OPTIONS):
-        function = option(function)
-    return function
+def _all_of(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that puts several options on a click command, in their order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-def dump_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of both commands, for a click command."""
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
+dump_options = _all_of(_OPTIONS)
+"""The options of all dumps, for a click command."""
+page_server_options = _all_of(_PAGE_SERVER_OPTIONS)
+"""The options of a command whose pages may go to a page server."""
 
 
 def run_dump(

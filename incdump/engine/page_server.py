@@ -15,10 +15,9 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import anyio
 
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, XferError
@@ -26,7 +25,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import RECEIVED, NewImagesDir
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
-from incdump.xfer.sockets import hang_up
+from incdump.xfer.sockets import hang_up, why
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,8 +132,8 @@ class PageServer:
             self._listener = await in_thread(self._listen)
         except (OSError, UnicodeError) as error:
             where = f"{self._options.address} port {self._options.port}"
-            reason, number = (error.strerror, error.errno) if isinstance(error, OSError) else (None, None)
-            raise XferError(f"cannot listen on {where}: {reason or error}", errno=number) from error
+            reason, number = why(error)
+            raise XferError(f"cannot listen on {where}: {reason}", errno=number) from error
         self.host, self.port = self._listener.getsockname()[:2]
         return self
 
@@ -175,15 +174,18 @@ class PageServer:
             await asyncio.sleep(_AFTER_A_FAILED_ACCEPT)
         else:
             client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
+            ended: list[SessionReport] = []
+
+            def session() -> None:
+                ended.append(self._session(connection, self._done + 1, client))
+
             with connection:
-                serving = asyncio.ensure_future(in_thread(self._session, connection, self._done + 1, client))
                 try:
-                    report = await asyncio.shield(serving)
+                    await in_thread(session, break_off=partial(hang_up, connection))
                 except asyncio.CancelledError:
-                    hang_up(connection)  # the thread's call ends, and with it the session
-                    await _ended(serving)
-                    self.was_serving = not self._take(serving.result(), on_session)
+                    self.was_serving = not (ended and self._take(ended[0], on_session))
                     raise
+            report = ended[0]
         self._take(report, on_session)
         return report
 
@@ -251,11 +253,3 @@ def _report(client: str, path: Path, received: Received, warning: str | None) ->
         punched=received.punched,
         warning=warning,
     )
-
-
-async def _ended(task: asyncio.Future[SessionReport]) -> None:
-    """Wait for a session to end, through any number of cancellations."""
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])

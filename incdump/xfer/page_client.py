@@ -20,7 +20,7 @@ import numpy as np
 from incdump.errors import ConnectionLost, XferError
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
-from incdump.xfer.sockets import hang_up, limit_calls
+from incdump.xfer.sockets import hang_up, limit_calls, why
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
@@ -61,11 +61,9 @@ class PageClient:
             self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
             limit_calls(self._socket, timeout)
         except (OSError, UnicodeError) as error:
-            number = error.errno if isinstance(error, OSError) else None
-            reason = error.strerror if isinstance(error, OSError) else None
+            reason, number = why(error)
             raise XferError(
-                f"no page server at {self.server}: {reason or error}; start one there "
-                "(incdump page-server, criu page-server)",
+                f"no page server at {self.server}: {reason}; start one there (incdump page-server, criu page-server)",
                 errno=number,
             ) from error
 
@@ -122,12 +120,9 @@ class PageClient:
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def _ask(self, message: Message, size: int) -> int:
-        if self._layout is None:
-            if message.command is Command.CLOSE:  # the first: both layouts would do
-                self._send([memoryview(encode(message, Layout.SHORT))])
-                return int.from_bytes(self._receive(size), "little", signed=True)
+        if self._layout is None and message.command is not Command.CLOSE:
             return self._ask_first(message, size)
-        self._send([memoryview(encode(message, self._layout))])
+        self._send([memoryview(encode(message, self._layout or Layout.SHORT))])  # of a first CLOSE both would do
         return int.from_bytes(self._receive(size), "little", signed=True)
 
     def _ask_first(self, message: Message, size: int) -> int:

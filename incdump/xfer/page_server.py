@@ -61,11 +61,6 @@ class Session:
         except OSError as error:
             raise _broken(error) from None
 
-    @property
-    def layout(self) -> Layout | None:
-        """How the client lays out its headers, once it has sent one."""
-        return self._headers.layout
-
     def run(self) -> Received:
         """Serve the client to its end.
 

@@ -15,7 +15,7 @@ import os
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from incdump.model.runs import (
 )
 
 if TYPE_CHECKING:
-    from incdump.images.images_dir import ImagesDir, Kind
+    from incdump.images.images_dir import ImagesDir
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Entries, Runs
     from incdump.xfer.wire import Image, Message
@@ -154,7 +154,7 @@ class ReceivedImages:
         :raises ProtocolError: there cannot be such an image.
         """
         _check_number(image)
-        return self._parent is not None and self._parent.has(_kind(image), image.number)
+        return self._parent is not None and self._parent.has(image.kind, image.number)
 
     def open(self, image: Image) -> bool:
         """Begin an image, and end the one before.
@@ -176,7 +176,7 @@ class ReceivedImages:
 
     def _covered(self, image: Image) -> Runs:
         assert self._parent is not None
-        found = self._parent.summary(_kind(image), image.number)
+        found = self._parent.summary(image.kind, image.number)
         return empty_runs() if found is None else found.covered
 
     def add(self, message: Message) -> None:
@@ -272,10 +272,6 @@ class ReceivedImages:
             current.close()
 
 
-def _kind(image: Image) -> Kind:
-    return cast("Kind", image.kind)
-
-
 def _check_number(image: Image) -> None:
     highest = _HIGHEST_PID if image.kind == "pagemap" else 1 << 56
     if not 0 < image.number < highest:
@@ -311,7 +307,7 @@ def _check(table: Entries, current: _Open) -> None:
 
 def _punch(level: ImagesDir, image: Image, runs: Runs) -> int:
     """Give back what a level's pages image has of some pages; returns how many bytes that are."""
-    pagemap_path = level.image_path(_kind(image), image.number)
+    pagemap_path = level.image_path(image.kind, image.number)
     data = read_file(pagemap_path)
     if data is None:
         return 0

@@ -28,6 +28,13 @@ def limit_calls(connection: socket.socket, seconds: float | None) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
+def why(error: OSError | UnicodeError) -> tuple[str, int | None]:
+    """Why an address could not be used: for people, and the error's number. (A name may be none by its letters.)"""
+    if isinstance(error, OSError):
+        return error.strerror or str(error), error.errno
+    return str(error), None
+
+
 def hang_up(connection: socket.socket) -> None:
     """End a connection at once, and with it the calls that wait for it, at both ends. Never blocks, never fails.
 

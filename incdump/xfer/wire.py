@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
+    from incdump.images.images_dir import Kind
     from incdump.model.runs import Entries
 
 
@@ -98,7 +99,7 @@ class Image(NamedTuple):
     :ivar number: the pid, or the segment's number.
     """
 
-    kind: str
+    kind: Kind
     number: int
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ from incdump.xfer.wire import (
     encode_runs,
     late_end,
 )
+
+if TYPE_CHECKING:
+    from incdump.images.images_dir import Kind
 
 # A pre-dump of pid 42 by CRIU 4.2 to CRIU's page server, as it was on the wire; and the same from CRIU 4.1.1.
 GOLDEN = (
@@ -119,7 +123,7 @@ def test_there_are_no_other_images(number: int) -> None:
 
 
 @given(kind=st.sampled_from(["pagemap", "pagemap-shmem"]), number=st.integers(1, 2**56 - 1))
-def test_an_image_comes_back_from_its_dst_id(kind: str, number: int) -> None:
+def test_an_image_comes_back_from_its_dst_id(kind: Kind, number: int) -> None:
     image = Image(kind, number)
     assert Image.of(image.dst_id) == image
 
