@@ -171,7 +171,7 @@ class DumpRun:
                 self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there)
                 self._parent.check_root(self._root)
             self._means = self._make_means(images)
-            if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.soft_dirty_moves)).works:
+            if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.sees_moves)):
                 self._warn(f"tracker soft-dirty: {kerndat.soft_dirty_moves().why}: such a move goes unseen")
             await self._dump(images)
         except BaseException:

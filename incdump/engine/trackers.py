@@ -40,7 +40,7 @@ def choose(tracker: TrackerName) -> tuple[str, str]:
     refused: list[str] = []
     for candidate in (uffd_wp.NAME, soft_dirty.NAME):
         wanted = needs(candidate)  # type: ignore[arg-type]
-        if candidate == soft_dirty.NAME:
+        if candidate == soft_dirty.NAME and not kerndat.sees_moves():
             wanted += (kerndat.soft_dirty_moves(),)
         missing = [f for f in wanted if not f.works]
         if not missing:

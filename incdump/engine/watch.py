@@ -23,7 +23,6 @@ from incdump.errors import (
     TargetUnsuitable,
 )
 from incdump.model.runs import page_addresses
-from incdump.model.vmas import VmaKind
 from incdump.proc.identity import is_exiting, read_stat
 from incdump.proc.pagemap import pmes_at
 from incdump.proc.pagemap.pme import PME_PRESENT
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from incdump.model.runs import Runs
     from incdump.model.vmas import VmaTable
     from incdump.proc.tree import Task
+    from incdump.tracking.page_tables import Notes, PageTableWatch
 
 
 _NEW_ADDRESS_SPACE = "process {pid} has a new address space (execve): tracking starts anew"
@@ -77,6 +77,9 @@ class Watch:
         self._suspect: str | None = None
         self._mappings: tuple[str, ...] = ()
         self._frozen = False
+        self._since: str | None = None  # the parent's generation, of soft-dirty
+        self._tables: PageTableWatch | None = None
+        self._notes: Notes | None = None
 
     def open(self) -> None:
         """Open the process's pagemap, and borrow its userfaultfd if that is the tracker. Blocks.
@@ -157,6 +160,7 @@ class Watch:
             return parent.tracker == content.NAME and parent.hashes is not None
         if self._means.tracker == soft_dirty.NAME:
             same = parent.tracker in (soft_dirty.NAME, None)
+            self._since = parent.generation
             return same and soft_dirty.may_trust(self._soft_dirty_record(), parent.generation, parent.uptime)
         assert self._lease is not None
         return parent.tracker == uffd_wp.NAME and parent.generation == self._lease.generation is not None
@@ -178,7 +182,7 @@ class Watch:
         if self._untrusted:
             return unwatched, False
         if self._round is None:
-            return vmas.of_kind(VmaKind.ANON, VmaKind.FILE_PRIVATE), False
+            return soft_dirty.watchable(vmas), False
         try:
             return self._round.register(vmas), False
         except uffd_wp.AddressSpaceGone:
@@ -223,6 +227,8 @@ class Watch:
                 self._look_for_pinned_io()
             yield window
         if self._means.tracker == soft_dirty.NAME and self._means.rearm and not self._untrusted:
+            if self._tables is not None:
+                self._notes = self._tables.notes()
             self._log_soft_dirty(None)
             soft_dirty.reset(self.task.pid)
         self._look_for_pinned_io()
@@ -251,7 +257,8 @@ class Watch:
         if self._round is not None:
             return self._round.windows(means.reader, vmas, watched, rearm=means.rearm, mostly_clean=incremental)
         if means.tracker == soft_dirty.NAME and not self._untrusted:
-            return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched)
+            self._tables = soft_dirty.table_watch(self._pagemap_fd, self._notes_of_parent() if incremental else None)
+            return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched, self._tables)
         return uffd_wp.unvouched(means.reader.windows(self._pagemap_fd, vmas))
 
     def _look_for_pinned_io(self) -> None:
@@ -283,6 +290,7 @@ class Watch:
         if self._lease is not None:
             self._means.keeper.commit(self._lease, self._generation(generation))
         elif self._means.tracker == soft_dirty.NAME and self._means.rearm and not self._untrusted:
+            self._note_tables(self._generation(generation))
             self._log_soft_dirty(self._generation(generation))
 
     def _generation(self, generation: str) -> str | None:
@@ -316,6 +324,19 @@ class Watch:
     def _soft_dirty_record(self) -> soft_dirty.SoftDirtyRecord | None:
         log = self._means.soft_dirty_log
         return None if log is None else log.read(self.task.pid, self.task.start_time, self._means.boot_id)
+
+    def _notes_of_parent(self) -> Notes | None:
+        """Where the page tables were then. CRIU notes nothing: on top of its images they are taken to be in place."""
+        log = self._means.soft_dirty_log
+        if self._since is None or log is None:
+            return None
+        notes = log.read_notes(self.task.pid, self._since)
+        return np.empty((0, 2), np.uint64) if notes is None else notes
+
+    def _note_tables(self, generation: str | None) -> None:
+        log = self._means.soft_dirty_log
+        if log is not None and generation is not None and self._notes is not None:
+            log.write_notes(self.task.pid, generation, self._notes)
 
     def _log_soft_dirty(self, generation: str | None) -> None:
         log = self._means.soft_dirty_log

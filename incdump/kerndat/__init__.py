@@ -19,7 +19,7 @@ from incdump.kerndat.pagemap import (
     scan_categories,
     zero_page_pfn,
 )
-from incdump.kerndat.soft_dirty_bits import soft_dirty, soft_dirty_moves
+from incdump.kerndat.soft_dirty_bits import sees_moves, soft_dirty, soft_dirty_moves
 from incdump.kerndat.trying import Feature
 from incdump.kerndat.uffd_wp import uffd_wp_async, userfaultfd_user_mode, watches_droppable
 
@@ -36,6 +36,7 @@ __all__ = [
     "proc_mem_force",
     "process_vm_readv",
     "scan_categories",
+    "sees_moves",
     "soft_dirty",
     "soft_dirty_moves",
     "uffd_wp_async",

@@ -6,6 +6,7 @@ import os
 from functools import cache
 
 from incdump._uapi import mapping
+from incdump.kerndat.pagemap import zero_page_pfn
 from incdump.kerndat.trying import FailedError, Feature, opened, pages_for_a_while, pme, try_feature
 from incdump.model.runs import PAGE_SHIFT
 
@@ -48,8 +49,14 @@ def soft_dirty_moves() -> Feature:
         "soft-dirty bits of mappings that are moved by whole page tables (mremap)",
         _attempt_soft_dirty_moves,
         then="tracker `soft-dirty` may be chosen by `auto`",
-        otherwise="tracker `soft-dirty` is used only when asked for: such a move goes unseen (by CRIU as well)",
+        otherwise="such a move goes unseen by CRIU; incdump finds it out by page frame numbers, and where these are "
+        "hidden uses tracker `soft-dirty` only when asked for",
     )
+
+
+def sees_moves() -> bool:
+    """Whether mappings that are moved by whole page tables are found out, by the bits or by page frame numbers."""
+    return soft_dirty_moves().works or zero_page_pfn() is not None
 
 
 def _attempt_soft_dirty_moves() -> str:

@@ -7,14 +7,19 @@ to the second. CRIU uses the same bit: chains may go from one to the other.
 
 There is one bit for everybody. Who cleared it last is written down in the runtime directory, per process: a generation.
 It is marked as lost before the bit is cleared, and set when the images are complete.
+
+On most kernels the bit says nothing of a page table that mremap(2) moved as a whole: so the generation comes with notes
+of where the page tables were (`incdump.tracking.page_tables`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,6 +27,8 @@ from incdump import kerndat
 from incdump.errors import TrackerUnavailable
 from incdump.model.regions import PageIs, Window, mark
 from incdump.model.runs import canonical
+from incdump.model.vmas import VmaFlag, VmaKind
+from incdump.tracking.page_tables import PageTableWatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 
     from incdump.model.vmas import VmaTable
     from incdump.proc.pagemap import PagemapReader
+    from incdump.tracking.page_tables import Notes
 
 NAME = "soft-dirty"
 
@@ -76,8 +84,30 @@ class SoftDirtyLog:
             json.dump(asdict(record), file)
         os.replace(temporary, self._path(pid))
 
+    def _notes_path(self, pid: int) -> str:
+        return os.path.join(self._directory, f"page-tables-{pid}.npz")
+
+    def read_notes(self, pid: int, generation: str) -> Notes | None:
+        """Where the page tables were at the reset by a generation, or None if that was not noted."""
+        try:
+            with np.load(self._notes_path(pid), allow_pickle=False) as file:
+                notes: Notes = file["notes"]
+                return notes if str(file["generation"]) == generation else None
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+
+    def write_notes(self, pid: int, generation: str, notes: Notes) -> None:
+        """Replace the notes of a process; before the record of that generation."""
+        temporary = f"{self._notes_path(pid)}.{os.getpid()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            np.savez(file, notes=notes, generation=np.array(generation))
+        os.replace(temporary, self._notes_path(pid))
+
     def forget(self, pid: int) -> bool:
         """Remove the record of a process; whether there was one."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._notes_path(pid))
         try:
             os.unlink(self._path(pid))
         except FileNotFoundError:
@@ -131,11 +161,42 @@ def blind_spot(reader: PagemapReader) -> str | None:
     return None
 
 
-def windows(pagemap_fd: int, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
+def watchable(vmas: VmaTable) -> NDArray[np.bool_]:
+    """The VMAs whose bit means something, shape (n,): private memory, but not where KSM merges pages.
+
+    A merged page gets a new entry without the bit, whatever was written before (replace_page() in mm/ksm.c).
+    """
+    private = vmas.of_kind(VmaKind.ANON, VmaKind.FILE_PRIVATE)
+    private &= (vmas.flags & np.uint64(VmaFlag.MERGEABLE)) == 0
+    return private
+
+
+def table_watch(pagemap_fd: int, before: Notes | None) -> PageTableWatch | None:
+    """What finds page tables that were moved where the bits do not tell; None where they do, or where it cannot.
+
+    :param before: of the parent's dump; None: they are taken to be in place.
+    """
+    needed = kerndat.sees_moves() and not kerndat.soft_dirty_moves().works
+    return PageTableWatch(pagemap_fd, before) if needed else None
+
+
+def windows(
+    pagemap_fd: int,
+    reader: PagemapReader,
+    vmas: VmaTable,
+    watched: NDArray[np.bool_],
+    tables: PageTableWatch | None = None,
+) -> Iterator[Window]:
     """Windows in which the soft-dirty bit is told as WRITTEN.
 
-    :param watched: the VMAs whose bit means something (private memory); only their pages get WPALLOWED.
+    :param watched: of `watchable`; only their pages get WPALLOWED.
+    :param tables: is told of what is there, and asked whether it was there before.
     """
+    found = _windows(pagemap_fd, reader, vmas, watched)
+    return found if tables is None else tables.told(found)
+
+
+def _windows(pagemap_fd: int, reader: PagemapReader, vmas: VmaTable, watched: NDArray[np.bool_]) -> Iterator[Window]:
     spans = canonical(vmas.spans(watched))
     for window in reader.windows(pagemap_fd, vmas):
         regions = window.regions

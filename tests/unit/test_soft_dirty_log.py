@@ -190,3 +190,30 @@ def test_a_reset_that_the_kernel_refuses_says_so() -> None:
     with pytest.raises(TrackerUnavailable, match="soft-dirty bits of process 4194999") as caught:
         soft_dirty.reset(4_194_999)
     assert (caught.value.pid, caught.value.errno) == (4_194_999, errno.ENOENT)
+
+
+def test_the_notes_of_a_generation_come_back_for_that_generation_only(log: SoftDirtyLog) -> None:
+    notes = np.array([[0x1000, 1 << 63 | 5], [0x2000, 1 << 62 | 7]], np.uint64)
+    assert log.read_notes(7, "g-1") is None
+    log.write_notes(7, "g-1", notes)
+    found = log.read_notes(7, "g-1")
+    assert found is not None
+    assert (found == notes).all()
+    assert log.read_notes(7, "g-0") is None
+    assert log.read_notes(8, "g-1") is None
+
+
+def test_notes_that_cannot_be_read_are_none(log: SoftDirtyLog, tmp_path: Path) -> None:
+    log.write_notes(7, "g-1", np.empty((0, 2), np.uint64))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for part in (b"", b"junk", whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(part)
+        assert log.read_notes(7, "g-1") is None
+
+
+def test_notes_are_forgotten_with_the_record(log: SoftDirtyLog, tmp_path: Path) -> None:
+    log.write(7, RECORD)
+    log.write_notes(7, "g-1", np.empty((0, 2), np.uint64))
+    assert log.forget(7)
+    assert list(tmp_path.iterdir()) == []

@@ -26,13 +26,16 @@ POPULATED = PageIs.PRESENT | PageIs.SWAPPED
 MAPPED_ONCE = 1 << 56
 """Bit of a PME: nobody else maps the page. Not set for a page in swap."""
 
-_PFN_MASK = (1 << 55) - 1
 _MARKER = 31 | 1 << 5  # swap type 31 is "no swap, a marker"; bit 0 of its offset: write-protected by userfaultfd
 _PME_UFFD_WP = 1 << 57
 _PME_GUARD = 1 << 58
 _PME_SWAP = 1 << 62
 PME_PRESENT = 1 << 63
+PME_SOFT_DIRTY = 1 << 55
+PME_PLACE = PME_PRESENT | _PME_SWAP | (1 << 55) - 1
+"""Where the page's contents are: the frame number, or swap type and offset."""
 
+_PFN_MASK = (1 << 55) - 1
 _LOWEST = np.zeros(1, np.uint64)
 _HIGHEST = np.full(1, 2**64 - 1, np.uint64)
 
