@@ -90,9 +90,9 @@ class SoftDirtyLog:
     def read_notes(self, pid: int, generation: str) -> Notes | None:
         """Where the page tables were at the reset by a generation, or None if that was not noted."""
         try:
-            with np.load(self._notes_path(pid), allow_pickle=False) as file:
-                notes: Notes = file["notes"]
-                return notes if str(file["generation"]) == generation else None
+            with open(self._notes_path(pid), "rb") as file, np.load(file, allow_pickle=False) as saved:
+                notes: Notes = saved["notes"]
+                return notes if str(saved["generation"]) == generation else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
