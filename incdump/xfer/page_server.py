@@ -8,22 +8,19 @@ what it sends. All these calls release the GIL.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import select
-import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from incdump.errors import ConnectionLost, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.images.page_reads import rest_of
-from incdump.xfer.sockets import limit_calls
+from incdump.xfer.sockets import broken, limit_calls
+from incdump.xfer.splicing import Splicer, receive
 from incdump.xfer.wire import ENDS, LONGEST, Command, Headers, Image, Layout, encode_answer, encode_has_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import socket
 
     from incdump.xfer.received import Received, ReceivedImages
     from incdump.xfer.wire import Message
@@ -32,9 +29,6 @@ BUFFER = 256 << 10
 """Bytes received at once: what was received is still in the processor's own cache when it is written."""
 WORTH_SPLICING = 64 << 10
 """Bytes of a run."""
-_PIPE = 1 << 20
-_WORTH_WAITING_FOR = 512 << 10
-"""Bytes for which splice(2) is called: a client of the same machine is quicker than the calls for less."""
 _IOV_MAX = 1024
 
 
@@ -53,13 +47,12 @@ class Session:
         self._buffer = memoryview(bytearray(BUFFER + LONGEST))
         self._start = self._end = 0  # of what was received, and is not yet understood
         self._pages: list[memoryview] = []  # of the open image, in the buffer, not yet written
-        self._pipe: tuple[int, int] | None = None
-        self._may_splice = True
+        self._splicer = Splicer(connection, timeout)
         self._only_headers = False  # are received into the buffer: the last run was big, so the next one may be
         try:
             limit_calls(connection, timeout)
         except OSError as error:
-            raise _broken(error) from None
+            raise broken(error) from None
 
     def run(self) -> Received:
         """Serve the client to its end.
@@ -73,7 +66,7 @@ class Session:
                 self._answer(message)
             self._write_pages()
         finally:
-            self._close_pipe()
+            self._splicer.close()
         received = self._receiver.finish()
         with suppress(ConnectionLost):  # the images are whole, whether the client hears of it or not
             self._send(encode_answer(0))
@@ -119,15 +112,17 @@ class Session:
             self._buffer[:rest] = self._buffer[self._start : self._end]
             self._start, self._end = 0, rest
         most = self._headers.needed - rest if self._only_headers else len(self._buffer) - self._end
-        self._end += self._recv_into(self._buffer[self._end : self._end + most])
+        view = self._buffer[self._end : self._end + most]
+        self._end += receive(self._connection.recv_into, self._timeout, view)
 
     def _take(self, size: int) -> None:
         """The bytes of a run of pages: those that are there wait to be written with what comes."""
         size -= self._take_there(size)
-        self._only_headers = size >= WORTH_SPLICING and self._may_splice
+        self._only_headers = size >= WORTH_SPLICING and self._splicer.works
         if self._only_headers:
             self._write_pages()
-            size = self._splice(size)
+            size = self._splicer.move(size, self._receiver.pages_fd, self._receiver.pages_path)
+            self._only_headers = self._splicer.works
         while size:
             self._receive()
             size -= self._take_there(size)
@@ -139,54 +134,6 @@ class Session:
             self._start += there
         return there
 
-    def _splice(self, size: int) -> int:
-        """Bytes from the socket to the pages image, past this process.
-
-        :returns: how many are left: the file system cannot be spliced to.
-        """
-        if self._pipe is None:
-            self._pipe = _make_pipe()
-        reader, writer = self._pipe
-        while size and self._may_splice:
-            self._wait_for(min(size, _WORTH_WAITING_FOR))
-            there = self._received(os.splice, self._connection.fileno(), writer, min(size, _PIPE))
-            size -= there
-            try:
-                self._empty_pipe(reader, there)
-            except OSError as error:
-                raise_io_error(error, "write", self._receiver.pages_path)
-        self._only_headers = self._may_splice
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return size
-
-    def _wait_for(self, size: int) -> None:
-        """Wait until so many bytes are there, or as many as the kernel takes before they are fetched."""
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
-        poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
-        if not poll.poll(None if self._timeout is None else min(self._timeout * 1e3, 1 << 30)):
-            raise self._silence()
-
-    def _empty_pipe(self, reader: int, there: int) -> None:
-        pages_fd = self._receiver.pages_fd
-        while there and self._may_splice:
-            try:
-                there -= os.splice(reader, pages_fd, there)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._may_splice = False
-        while there:
-            data = os.read(reader, there)
-            there -= len(data)
-            while data:
-                data = data[os.write(pages_fd, data) :]
-
-    def _close_pipe(self) -> None:
-        pipe, self._pipe = self._pipe, None
-        for fd in pipe or ():
-            os.close(fd)
-
     def _write_pages(self) -> None:
         pages, self._pages = self._pages, []
         fd = self._receiver.pages_fd
@@ -196,45 +143,16 @@ class Session:
         except OSError as error:
             raise_io_error(error, "write", self._receiver.pages_path)
 
-    def _recv_into(self, view: memoryview) -> int:
-        return self._received(self._connection.recv_into, view)
-
-    def _received(self, call: Callable[..., int], *arguments: object) -> int:
-        try:
-            got = call(*arguments)
-        except BlockingIOError:
-            raise self._silence() from None
-        except OSError as error:
-            raise _broken(error) from None
-        if not got:
-            raise ConnectionLost("the client went before it had said that it was through")
-        return got
-
-    def _silence(self) -> ConnectionLost:
-        return ConnectionLost(f"the client was silent for {self._timeout:g} s")
-
     def _send(self, data: bytes) -> None:
         try:
             self._connection.sendall(data)
         except BlockingIOError:
             raise ConnectionLost(f"the client did not take an answer for {self._timeout:g} s") from None
         except OSError as error:
-            raise _broken(error) from None
+            raise broken(error) from None
 
     def _until_gone(self) -> None:
         """Wait until the client has closed. Nothing is to come any more, but for the rest of a long header that could
         not be told from a short one; whatever does changes nothing."""
         with suppress(OSError):
             self._connection.recv(Layout.LONG.value)
-
-
-def _make_pipe() -> tuple[int, int]:
-    """A pipe that holds as much as the kernel allows, up to a MiB."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    with suppress(OSError):
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE)
-    return reader, writer
-
-
-def _broken(error: OSError) -> ConnectionLost:
-    return ConnectionLost(f"the connection broke: {error.strerror}", errno=error.errno)

@@ -6,6 +6,8 @@ import socket
 import struct
 from contextlib import suppress
 
+from incdump.errors import ConnectionLost
+
 _LONGEST = 1e8
 """Three years: what the kernel takes for a timeout."""
 
@@ -44,3 +46,13 @@ def hang_up(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def broken(error: OSError) -> ConnectionLost:
+    """The error for a system call that failed on the connection to a client."""
+    return ConnectionLost(f"the connection broke: {error.strerror}", errno=error.errno)
+
+
+def silence(timeout: float | None) -> ConnectionLost:
+    """The error for a client that is silent."""
+    return ConnectionLost(f"the client was silent for {timeout:g} s")

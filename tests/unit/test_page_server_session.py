@@ -427,10 +427,10 @@ def test_a_full_disk_ends_the_session(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> int:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("incdump.xfer.page_server.os.writev", full)
+    monkeypatch.setattr("os.writev", full)
     for number, call in enumerate(("writev", "splice")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"incdump.xfer.page_server.os.{call}", full if call == "writev" else _spliced_to_a(full))
+            patch.setattr(f"os.{call}", full if call == "writev" else _spliced_to_a(full))
             with refused(tmp_path / str(number), "No space left", ImagesError) as client:
                 client.open(process(PID))
                 client.pages(BASE, noise(100 if call == "splice" else 5))
@@ -441,7 +441,7 @@ def test_a_file_system_that_cannot_be_spliced_to_is_written_to(tmp_path: Path, m
     def cannot(*_: object) -> int:
         raise OSError(22, os.strerror(22))
 
-    monkeypatch.setattr("incdump.xfer.page_server.os.splice", _spliced_to_a(cannot))
+    monkeypatch.setattr("os.splice", _spliced_to_a(cannot))
     sent = [(BASE, noise(100)), (BASE + 200 * PAGE, noise(700)), (BASE + 1000 * PAGE, noise(1))]
     write_parent(tmp_path / "1", {PID: sent})
     images = ImagesDir(tmp_path / "1")
@@ -451,8 +451,12 @@ def test_a_file_system_that_cannot_be_spliced_to_is_written_to(tmp_path: Path, m
 
 def _spliced_to_a(file: Callable[..., int]) -> Callable[..., int]:
     """splice(2), to a file of some kind; from a socket it works."""
-    splice = os.splice
-    return lambda source, to, size: splice(source, to, size) if stat.S_ISSOCK(os.fstat(source).st_mode) else file()
+    real = os.splice
+
+    def splice(source: int, to: int, size: int, **_: object) -> int:
+        return real(source, to, size) if stat.S_ISSOCK(os.fstat(source).st_mode) else file()
+
+    return splice
 
 
 def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
