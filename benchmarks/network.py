@@ -1,4 +1,5 @@
-"""Pages over the network: a dump of incompressible memory to a page server on loopback, in all four combinations.
+"""Pages over the network: a dump of incompressible memory to a page server on loopback, in all four combinations,
+and between two incdumps in CRIU's protocol as well as in incdump's own.
 
 What is timed is the whole of ``criu dump --leave-running``, and of `incdump.dump`, until the server has said that it
 has everything. The servers are processes of their own, which listen before the time begins.
@@ -12,6 +13,7 @@ import json
 import os
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.bench import Bench
+    from incdump.model.options import ProtocolName
 
 FASTER_SERVER = 1.5
+FASTER_BOTH = 2.2
 
 
 def run(bench: Bench) -> Iterator[Report]:
@@ -57,13 +61,15 @@ def run(bench: Bench) -> Iterator[Report]:
             "criu to incdump": lambda: contestant(_incdump_server, _criu),
             "incdump to criu": lambda: contestant(page_server, _incdump),
             "incdump to incdump": lambda: contestant(_incdump_server, _incdump),
+            "the same, CRIU's protocol": lambda: contestant(_incdump_server, partial(_incdump, protocol="criu")),
         }
         figures = alternate(contestants, bench.rounds)
     finally:
         target.close()
     report = Report("network", f"a dump of {bench.mib:,} MiB to a page server on loopback", figures=figures)
     report.compare("criu to criu", "criu to incdump", limit=FASTER_SERVER, above=True)
-    report.compare("criu to criu", "incdump to incdump")
+    report.compare("criu to criu", "incdump to incdump", limit=FASTER_BOTH, above=True)
+    report.compare("criu to criu", "the same, CRIU's protocol")
     yield report
 
 
@@ -93,8 +99,8 @@ def _criu(bench: Bench, pid: int, port: int) -> float:
     return time.perf_counter() - began
 
 
-def _incdump(bench: Bench, pid: int, port: int) -> float:
-    options = incdump.DumpOptions(page_server=("127.0.0.1", port))
+def _incdump(bench: Bench, pid: int, port: int, protocol: ProtocolName = "auto") -> float:
+    options = incdump.DumpOptions(page_server=("127.0.0.1", port), page_server_protocol=protocol)
     images = bench.new_dir()
 
     async def job() -> incdump.DumpResult:

@@ -25,7 +25,6 @@ of code that was copied in that moment would be wrong, so these are copied again
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
 import time
@@ -39,12 +38,12 @@ from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu
 from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
-from incdump.engine.pipeline import Pipeline
+from incdump.engine.sent_image import Sending
 from incdump.engine.threads import in_thread
 from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, XferError
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
-from incdump.images.new_dir import INVENTORY, SIDECAR
+from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
 from incdump.model.options import DumpOptions
@@ -63,7 +62,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.criu.program import Criu
-    from incdump.engine.pipeline import PageOwner
+    from incdump.engine.pipeline import PageOwner, Pipeline
     from incdump.holder.client import Keeper
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.options import WayName
@@ -106,8 +105,6 @@ async def checkpoint(
     """
     keeper = HolderKeeper()
     options = options or DumpOptions(afterwards="killed")
-    if options.page_server is not None:
-        raise XferError("a checkpoint's pages cannot go to a page server: checkpoint into a directory")
     try:
         run = CheckpointRun(pid, images_dir, parent, options, keeper, progress)
         return await run.with_criu(criu, criu_options, way)
@@ -142,9 +139,14 @@ class CheckpointRun(DumpRun):
 
     async def _dump(self, images: NewImagesDir) -> None:
         images.number_pages_from(_FIRST_PAGES_ID)
-        pipeline = Pipeline(self._options.writers, self._stats, lambda: self._tell("dumping"))
+        if isinstance(self._sending, Sending):
+            raise XferError(
+                f"the page server at {self._sending.server} speaks CRIU's protocol only, in which pages cannot be sent "
+                "once more: checkpoint into a directory, or to incdump's page server"
+            )
+        pipeline = self._pipeline()
         buffer = make_buffer(CHUNK_PAGES)
-        await in_thread(self._prepare_tree)
+        await in_thread(self._prepare_tree, break_off=self._break_off)
         ways: tuple[WayName, ...] = ("leash", "lazy-pages") if self._way == "auto" else (self._way,)
         self._times.why = "it stops the tree least" if self._way == "auto" else "as asked for"
         for way in ways:
@@ -174,7 +176,7 @@ class CheckpointRun(DumpRun):
                 await self._copy(pipeline)
                 await run.until_gate()
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
-                await in_thread(self._put_in_place, images, place, buffer)
+                await in_thread(self._put_in_place, images, place, buffer, break_off=self._break_off)
                 self._left = self._frozen_now()  # what happens now cannot be taken back
             except BaseException as error:
                 gate.open(may_pass=False)
@@ -205,7 +207,7 @@ class CheckpointRun(DumpRun):
     async def _copy(self, pipeline: Pipeline) -> None:
         """Everything stands still: scan and copy, while CRIU does the rest."""
         began = time.monotonic_ns()
-        await in_thread(self._take_up_frozen)
+        await in_thread(self._take_up_frozen, break_off=self._break_off)
         self._tell("dumping")
         await pipeline.run(self._owners())
         self._times.memory = _since(began)
@@ -236,8 +238,7 @@ class CheckpointRun(DumpRun):
         for name in names:
             if name not in replaced:
                 images.adopt(name, place / name)
-        images.write_raw(SIDECAR, json.dumps(self._meta()).encode())
-        images.finish((place / INVENTORY).read_bytes())
+        self._complete(images, (place / INVENTORY).read_bytes())
         self._times.in_place = _since(began)
 
     def _meta(self) -> dict[str, object]:

@@ -27,19 +27,20 @@ import anyio
 
 from incdump import kerndat
 from incdump.engine.metadata import Metadata, look_ahead
+from incdump.engine.page_server_session import open_session
 from incdump.engine.parent import Parent
 from incdump.engine.pipeline import Pipeline, first_cause
 from incdump.engine.process import Means, ProcessDump, Warn
 from incdump.engine.segments import SegmentDump, find_segments
-from incdump.engine.sent_image import Sending
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import TargetExited, TrackerLost
 from incdump.freeze.seize import Freezer
 from incdump.holder.client import HolderKeeper
 from incdump.holder.wire import runtime_dir
+from incdump.images.images_dir import ImagesDir
 from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
-from incdump.images.new_dir import SIDECAR, NewImagesDir
+from incdump.images.new_dir import INVENTORY, SIDECAR, NewImagesDir
 from incdump.images.stats import encode_stats
 from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE
@@ -53,6 +54,7 @@ from incdump.tracking import content, soft_dirty
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from incdump.engine.page_server_session import ServerSession
     from incdump.engine.pipeline import PageOwner
     from incdump.freeze.seize import Frozen
     from incdump.holder.client import Keeper
@@ -146,7 +148,7 @@ class DumpRun:
         self._gone: list[int] = []
         self._may_share: set[int] = set()
         self._sharing: dict[int, int] = {}
-        self._sending: Sending | None = None
+        self._sending: ServerSession | None = None
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -164,7 +166,7 @@ class DumpRun:
         images = NewImagesDir.create(self._path, self._parent_text)
         try:
             if self._options.page_server is not None:
-                self._sending = await in_thread(self._connect, *self._options.page_server)
+                self._sending = await in_thread(self._connect, images)
             self._parent = None
             if images.parent is not None:
                 is_there = None if self._sending is None else self._sending.has_parent
@@ -187,8 +189,10 @@ class DumpRun:
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(images)
 
-    def _connect(self, address: str, port: int) -> Sending:
-        return Sending(address, port, timeout=self._options.page_server_timeout)
+    def _connect(self, images: NewImagesDir) -> ServerSession:
+        meta = None if images.parent is None else ImagesDir(images.parent).meta()
+        generation = None if meta is None else meta.get("generation")
+        return open_session(self._options, generation if isinstance(generation, str) else None)
 
     @property
     def _break_off(self) -> Callable[[], None] | None:
@@ -225,10 +229,13 @@ class DumpRun:
 
     # -- the two kinds of dump ------------------------------------------------------------------------------------
 
+    def _pipeline(self) -> Pipeline:
+        writers = self._options.writers if self._sending is None else self._sending.writers
+        return Pipeline(writers, self._stats, lambda: self._tell("dumping"), self._break_off)
+
     async def _dump(self, images: NewImagesDir) -> None:
         freezes = self._kind == "dump" or self._tracker == soft_dirty.NAME
-        writers = self._options.writers if self._sending is None else 1
-        pipeline = Pipeline(writers, self._stats, lambda: self._tell("dumping"), self._break_off)
+        pipeline = self._pipeline()
         async with AsyncExitStack() as stack:
             if freezes:
                 await in_thread(self._prepare_tree, break_off=self._break_off)
@@ -389,8 +396,6 @@ class DumpRun:
         """Write all pagemaps."""
         for owner in self._all_owners():
             owner.finish()
-        if self._sending is not None:
-            self._sending.end()  # before any of it counts as dumped
         self._stats.bytes_written = (self._stats.pages_written + self._stats.shpages_written) * PAGE_SIZE
 
     def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:
@@ -399,9 +404,17 @@ class DumpRun:
         if metadata is not None:
             metadata.write(images)
         images.write_raw("stats-dump", encode_stats(self._stats))
-        images.write_raw(SIDECAR, json.dumps(self._meta()).encode())
         encode = encode_dump_inventory if self._kind == "dump" else encode_pre_dump_inventory
-        images.finish(encode(self._uptime))
+        self._complete(images, encode(self._uptime))
+
+    def _complete(self, images: NewImagesDir, inventory: bytes) -> None:
+        """Write what makes the images dir complete; the page server has everything before that."""
+        meta = self._meta()
+        if self._sending is not None:
+            self._sending.end(images, {SIDECAR: json.dumps(meta).encode(), INVENTORY: inventory})
+            meta["page_server"] = self._sending.server
+        images.write_raw(SIDECAR, json.dumps(meta).encode())
+        images.finish(inventory)
 
     def _commit(self) -> None:
         """The images are complete. No await: a cancellation could come between one process and the next."""
@@ -420,7 +433,6 @@ class DumpRun:
             "tracker": self._tracker,
             "generation": self._generation,
             "hash_seed": self._means.seed,
-            **({} if self._sending is None else {"page_server": self._sending.server}),
             "processes": {str(p.task.vpid): p.meta(self._generation) for p in alive},
         }
 

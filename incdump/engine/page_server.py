@@ -4,8 +4,9 @@ Without ``own_dirs`` the images dir is that of the one session, as with CRIU's p
 directory a session, ``1``, ``2`` and so on, each with the one before as its parent: the rounds of a live migration. A
 session that breaks leaves nothing, and its number to the next one; a server that is started again goes on counting.
 
-A session runs in a worker thread, on a blocking socket: asyncio's own streams move half as many bytes a second. Other
-clients wait meanwhile, to be served next.
+A session runs in worker threads, on blocking sockets: asyncio's own streams move half as many bytes a second. Whoever
+connects is heard at once, as far as its first message (`_Client`): it is another channel of the session that is under
+way, or a client that is served next.
 """
 
 from __future__ import annotations
@@ -15,24 +16,35 @@ import os
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
+
+from incdump.engine.pipeline import first_cause
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, XferError
+from incdump.errors import ConnectionLost, ImagesDirInUse, ImagesError, IncdumpError, XferError
 from incdump.images.images_dir import ImagesDir
-from incdump.images.new_dir import RECEIVED, NewImagesDir
+from incdump.images.new_dir import FINISHED, NewImagesDir
+from incdump.xfer.block_server import BlockSession, Joins
+from incdump.xfer.blocks import JOIN, OFFER, TOKEN
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
-from incdump.xfer.sockets import hang_up, why
+from incdump.xfer.sockets import broken, hang_up, limit_calls, why
+from incdump.xfer.splicing import receive
+from incdump.xfer.stored import StoredImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from anyio.abc import TaskGroup
+    from anyio.streams.memory import MemoryObjectSendStream
+
     from incdump.xfer.received import Received
 
 _BACKLOG = 8
+_WAITING = 32
+"""Clients that are heard, or wait, at once."""
 _AFTER_A_FAILED_ACCEPT = 0.2
 
 
@@ -84,6 +96,55 @@ class SessionReport:
     warning: str | None = None
 
 
+class _Client:
+    """Somebody who has connected.
+
+    :ivar connection: None once it is another channel of a session.
+    :ivar first: the beginning of its first message.
+    :ivar error: why there is nothing to be served.
+    """
+
+    def __init__(self, connection: socket.socket | None, name: str, error: IncdumpError | None = None) -> None:
+        self.connection = connection
+        self.name = name
+        self.error = error
+        self.first = b""
+
+    def hear(self, timeout: float | None, joins: Joins) -> None:
+        """Hear what it begins with. Blocks."""
+        assert self.connection is not None
+        try:
+            limit_calls(self.connection, timeout)
+            self.first = self._take(len(OFFER), timeout)
+            if self.first == JOIN:
+                if joins.add(self._take(TOKEN, timeout), self.connection):
+                    self.connection = None
+                else:
+                    self.error = ConnectionLost("it would join a session that is over")
+        except IncdumpError as error:
+            self.error = error
+        except OSError as error:
+            self.error = broken(error)
+
+    def _take(self, size: int, timeout: float | None) -> bytes:
+        assert self.connection is not None
+        data = bytearray(size)
+        got = 0
+        while got < size:
+            got += receive(self.connection.recv_into, timeout, memoryview(data)[got:])
+        return bytes(data)
+
+    def hang_up(self) -> None:
+        """End the connection. Never blocks, never fails."""
+        if self.connection is not None:
+            hang_up(self.connection)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self.connection is not None:
+            self.connection.close()
+
+
 class PageServer:
     """A page server. As an async context manager it listens; `serve` then serves.
 
@@ -108,6 +169,7 @@ class PageServer:
         self._parent = parent
         self._done = 0  # sessions that have their directory, those of earlier runs included
         self._listener: socket.socket | None = None
+        self._joins = Joins()
         self.host, self.port = self._options.address, self._options.port
         self.was_serving = False
 
@@ -157,37 +219,73 @@ class PageServer:
         """
         reports: list[SessionReport] = []
         left = self._options.rounds if self._options.own_dirs else 1
-        while left is None or left > 0:
-            report = await self._serve_next(on_session)
-            if report.error is None:
-                left = None if left is None else left - 1
-            if left is not None:  # else nobody will see them, and there may be many
-                reports.append(report)
+        put, waiting = anyio.create_memory_object_stream[_Client](_WAITING)
+        try:
+            async with anyio.create_task_group() as tasks, put:
+                tasks.start_soon(self._welcome_all, tasks, put)
+                while left is None or left > 0:
+                    report = await self._serve_next(await waiting.receive(), on_session)
+                    if report.error is None:
+                        left = None if left is None else left - 1
+                    if left is not None:  # else nobody will see them, and there may be many
+                        reports.append(report)
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+        finally:
+            with suppress(anyio.WouldBlock, anyio.EndOfStream):
+                while True:
+                    waiting.receive_nowait().close()
+            waiting.close()
         return reports
 
-    async def _serve_next(self, on_session: Callable[[SessionReport], None] | None) -> SessionReport:
+    async def _welcome_all(self, tasks: TaskGroup, clients: MemoryObjectSendStream[_Client]) -> None:
+        """Hear whoever connects."""
         assert self._listener is not None
+        loop = asyncio.get_running_loop()
+        places = anyio.Semaphore(_WAITING)
+        while True:
+            await places.acquire()
+            try:
+                connection, peer = await loop.sock_accept(self._listener)
+            except OSError as error:  # no descriptors left, a network that is down: of this client, not of the server
+                places.release()
+                problem = XferError(f"cannot take a client: {error.strerror}")
+                await clients.send(_Client(None, "", problem))
+                await anyio.sleep(_AFTER_A_FAILED_ACCEPT)
+            else:
+                name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
+                tasks.start_soon(self._welcome, _Client(connection, name), clients, places)
+
+    async def _welcome(
+        self, client: _Client, clients: MemoryObjectSendStream[_Client], places: anyio.Semaphore
+    ) -> None:
+        is_waiting = False
         try:
-            connection, peer = await asyncio.get_running_loop().sock_accept(self._listener)
-        except OSError as error:  # no descriptors left, a network that is down: of this client, not of the server
-            report = SessionReport("", None, error=XferError(f"cannot take a client: {error.strerror}"))
-            await asyncio.sleep(_AFTER_A_FAILED_ACCEPT)
-        else:
-            client = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
-            ended: list[SessionReport] = []
+            await in_thread(client.hear, self._options.timeout, self._joins, break_off=client.hang_up)
+            if client.connection is not None:
+                await clients.send(client)
+            is_waiting = True
+        finally:
+            places.release()
+            if not is_waiting:
+                client.close()
 
-            def session() -> None:
-                ended.append(self._session(connection, self._done + 1, client))
+    async def _serve_next(self, client: _Client, on_session: Callable[[SessionReport], None] | None) -> SessionReport:
+        ended: list[SessionReport] = []
 
-            with connection:
-                try:
-                    await in_thread(session, break_off=partial(hang_up, connection))
-                except asyncio.CancelledError:
-                    self.was_serving = not (ended and self._take(ended[0], on_session))
-                    raise
-            report = ended[0]
-        self._take(report, on_session)
-        return report
+        def session() -> None:
+            ended.append(self._session(client, self._done + 1))
+
+        try:
+            await in_thread(session, break_off=client.hang_up)
+        except asyncio.CancelledError:
+            self.was_serving = not (ended and self._take(ended[0], on_session))
+            raise
+        finally:
+            client.close()
+        self._take(ended[0], on_session)
+        return ended[0]
 
     def _take(self, report: SessionReport, on_session: Callable[[SessionReport], None] | None) -> bool:
         """Count a session, and tell of it; returns whether it is complete.
@@ -208,24 +306,39 @@ class PageServer:
             return self._path, self._parent
         return self._path / str(number), self._parent if number == 1 else f"../{number - 1}"
 
-    def _session(self, connection: socket.socket, number: int, client: str) -> SessionReport:
+    def _session(self, client: _Client, number: int) -> SessionReport:
         """One session. Blocks."""
+        if client.error is not None or client.connection is None:
+            return SessionReport(client.name, None, error=client.error)
         path, parent = self._place(number)
         try:
             images = NewImagesDir.create(path, parent)
-            receiver = None
+            receiver: ReceivedImages | StoredImages | None = None
             try:
                 above = None if images.parent is None else ImagesDir(images.parent)
-                receiver = ReceivedImages(images, above, max_bytes=self._options.max_bytes)
-                received = Session(connection, receiver, timeout=self._options.timeout).run()
+                receiver = self._receiver(client, images, above)
+                received = self._run(client, receiver)
             except BaseException:
                 (receiver or images).discard()
                 raise
         except IncdumpError as error:
-            return SessionReport(client, None, error=error)
-        return _report(client, path, received, self._dedup(receiver))
+            return SessionReport(client.name, None, error=error)
+        return _report(client.name, path, received, self._dedup(receiver))
 
-    def _dedup(self, receiver: ReceivedImages) -> str | None:
+    def _receiver(
+        self, client: _Client, images: NewImagesDir, above: ImagesDir | None
+    ) -> ReceivedImages | StoredImages:
+        kind = StoredImages if client.first == OFFER else ReceivedImages
+        return kind(images, above, max_bytes=self._options.max_bytes)
+
+    def _run(self, client: _Client, receiver: ReceivedImages | StoredImages) -> Received:
+        assert client.connection is not None
+        timeout = self._options.timeout
+        if isinstance(receiver, StoredImages):
+            return BlockSession(client.connection, receiver, self._joins, timeout=timeout).run()
+        return Session(client.connection, receiver, timeout=timeout, first=client.first).run()
+
+    def _dedup(self, receiver: ReceivedImages | StoredImages) -> str | None:
         """Returns what went wrong; the images are whole all the same."""
         if self._options.auto_dedup:
             try:
@@ -239,7 +352,8 @@ def _last_number(path: Path) -> int:
     """The highest number of a finished session's directory; 0 without one."""
     with suppress(OSError):
         names = [name for name in os.listdir(path) if name.isascii() and name.isdecimal()]
-        return max((int(name) for name in names if (path / name / RECEIVED).exists()), default=0)
+        done = [int(name) for name in names if any((path / name / mark).exists() for mark in FINISHED)]
+        return max(done, default=0)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -47,7 +48,7 @@ MOST_ROOM = 1 << 16
 """256 MiB: to fill more with zeros takes longer than is to be waited before a freeze."""
 
 
-class PageTable:
+class PageTable(ABC):
     """The entries of one process or segment, on their way to a pagemap. Appended in ascending order by one task.
 
     :ivar name: of the pagemap's file.
@@ -69,6 +70,53 @@ class PageTable:
         self._firsts.append(first)
         self.nr_pages += int(present_entries(entries)[:, 1].sum())
         return cut(entries, first)
+
+    @abstractmethod
+    def write(self, chunk: Chunk, source: PageSource, buffer: NDArray[np.uint8], hashes: Hashes) -> Runs:
+        """Copy one chunk; called from several threads.
+
+        :returns: the pages that could not be read: they will not be in the image.
+        :raises incdump.errors.ImagesIOError: the image cannot be written.
+        :raises incdump.errors.XferError: the page server has gone, is silent, or refuses.
+        """
+
+    @abstractmethod
+    def lay_out(self, pages: int) -> None:
+        """Have the disk's blocks reserved for pages that are to come; too many, or too few, do no harm."""
+
+    @abstractmethod
+    def make_room(self, pages: int) -> None:
+        """Lay out, and have memory for the pages as well."""
+
+    @abstractmethod
+    def finish(self) -> int:
+        """Close up the places of pages that could not be read, and write the pagemap. Blocks.
+
+        :returns: pages in the image.
+        """
+
+    @abstractmethod
+    def discard(self) -> None:
+        """What it belongs to is gone: there will be no pagemap."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up what it holds; no writer may be at work any more."""
+
+    def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:
+        """Copy those pages of some address ranges that are in the image once more, each to its place. Blocks.
+
+        Errors are those of `write`.
+        """
+        for first, table in zip(self._firsts, self._tables, strict=True):
+            rows = present_entries(table)
+            places = np.cumsum(rows[:, 1]) - rows[:, 1]
+            for start, end in intersect(entry_runs(rows), spans).tolist():
+                row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
+                place = first + int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
+                again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
+                for chunk in cut(again, place):
+                    self.write(chunk, source, buffer, None)
 
     def failed(self) -> Runs:
         """The pages that could not be read."""
@@ -141,29 +189,10 @@ class PagesImage(PageTable):
             os.ftruncate(self._fd, 0)
 
     def write(self, chunk: Chunk, source: PageSource, buffer: NDArray[np.uint8], hashes: Hashes) -> Runs:
-        """Copy one chunk; called from several threads.
-
-        :returns: the pages that could not be read: they will not be in the image.
-        :raises incdump.errors.ImagesIOError: the image cannot be written.
-        """
+        """See `PageTable.write`."""
         failed = write_chunk(self._fd, chunk, source, buffer, self._path)
         self._read(chunk, failed, buffer, hashes)
         return failed
-
-    def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:
-        """Copy those pages of some address ranges that are in the image once more, each to its place. Blocks.
-
-        :raises incdump.errors.ImagesIOError: the image cannot be written.
-        """
-        for first, table in zip(self._firsts, self._tables, strict=True):
-            rows = present_entries(table)
-            places = np.cumsum(rows[:, 1]) - rows[:, 1]
-            for start, end in intersect(entry_runs(rows), spans).tolist():
-                row = int(rows[:, 0].searchsorted(np.uint64(start), "right")) - 1
-                place = first + int(places[row]) + (start - int(rows[row, 0]) >> PAGE_SHIFT)
-                again = np.array([[start, end - start >> PAGE_SHIFT, PE_PRESENT]], np.uint64)
-                for chunk in cut(again, place):
-                    self.write(chunk, source, buffer, None)
 
     def finish(self) -> int:
         """Close up the places of pages that could not be read, and write the pagemap. Blocks.

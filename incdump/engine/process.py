@@ -17,7 +17,6 @@ import numpy as np
 
 from incdump.classify import Classified, Rule, classify, payload_runs, rules
 from incdump.engine.pages_image import PagesImage
-from incdump.engine.sent_image import SentImage
 from incdump.engine.watch import ParentImages, Watch
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.engine.metadata import Ahead
-    from incdump.engine.sent_image import Sending
+    from incdump.engine.page_server_session import ServerSession
+    from incdump.engine.pages_image import PageTable
     from incdump.holder.client import Keeper
     from incdump.images.images_dir import Kind
     from incdump.images.new_dir import NewImagesDir
@@ -69,7 +69,7 @@ class Means:
     keeper: Keeper
     soft_dirty_log: SoftDirtyLog | None
     rearm: bool
-    sending: Sending | None
+    sending: ServerSession | None
     seed: int
     boot_id: str
     warn: Warn
@@ -77,12 +77,12 @@ class Means:
     runs_in_memory_of: Callable[[Task], int | None]
     check_incremental: Callable[[ProcessDump], None]
 
-    def new_image(self, kind: Kind, number: int) -> PagesImage | SentImage:
+    def new_image(self, kind: Kind, number: int) -> PageTable:
         """An empty image of a process or a segment."""
         name = f"{kind}-{number}.img"
         if self.sending is None:
             return PagesImage(self.images, name)
-        return SentImage(self.images, name, Image(kind, number), self.sending)
+        return self.sending.new_image(self.images, name, Image(kind, number))
 
 
 class Warn:
@@ -110,7 +110,7 @@ class ProcessDump:
         self._parent = parent
         self._watch = Watch(task, means)
         self._memory: ProcessMemory | None = None
-        self._image: PagesImage | SentImage | None = None
+        self._image: PageTable | None = None
         self._rule: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._hashes = content.HashCollector(means.seed)
         self._hashed_spans: Runs = empty_runs()
@@ -154,7 +154,7 @@ class ProcessDump:
                 self._image = self._new_image()
                 self._image.make_room(pages + pages // 8)
 
-    def _new_image(self) -> PagesImage | SentImage:
+    def _new_image(self) -> PageTable:
         """An empty image; of a dump of everything, laid out for all anonymous memory."""
         pages = 0 if self.incremental else anonymous_pages(self.task.pid)
         image = self._means.new_image("pagemap", self.task.vpid)

@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from incdump.engine.pages_image import PagesImage
+    from incdump.engine.pages_image import PageTable
     from incdump.engine.parent import Parent
     from incdump.engine.process import Means, ProcessDump
-    from incdump.engine.sent_image import SentImage
     from incdump.engine.watch import ParentImages
     from incdump.model.stats import DumpStats
     from incdump.page_pipe import Chunk
@@ -148,7 +147,7 @@ class SegmentDump:
         self._means = means
         self._parent = parent
         self._source: OpenedSegment | MappedSegment | None = None
-        self._image: PagesImage | SentImage | None = None
+        self._image: PageTable | None = None
         self._hashes = content.HashCollector(means.seed)
         self._compared = 0
         self._counted = np.zeros(3, np.int64)

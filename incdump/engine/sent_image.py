@@ -18,11 +18,10 @@ import numpy as np
 from incdump.engine.pages_image import PageTable, without
 from incdump.errors import XferError
 from incdump.model.runs import PAGE_SHIFT, PAGE_SIZE, PE_PRESENT, empty_regions
-from incdump.xfer.page_client import PageClient
 from incdump.xfer.received import FIRST_PAGES_ID
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -31,24 +30,31 @@ if TYPE_CHECKING:
     from incdump.model.runs import Entries, Runs
     from incdump.page_pipe import Chunk
     from incdump.xfer.local import PageSource
+    from incdump.xfer.page_client import PageClient
     from incdump.xfer.wire import Image
 
 
 class Sending:
-    """A session with a page server.
+    """A session with a page server, in CRIU's protocol.
 
     :ivar server: where it is, for people.
+    :ivar writers: how many writers there may be: one, which gets the chunks in order.
     """
 
-    def __init__(self, address: str, port: int, *, timeout: float) -> None:
-        """Connect. Blocks.
+    writers = 1
 
-        :raises incdump.errors.XferError: there is no server.
+    def __init__(self, client: PageClient) -> None:
         """
-        self._client = PageClient(address, port, timeout=timeout)
-        self.server = self._client.server
+        :param client: connected; this session's to close.
+        """
+        self._client = client
+        self.server = client.server
         self._current: SentImage | None = None
         self._opened = 0
+
+    def new_image(self, images: NewImagesDir, name: str, image: Image) -> SentImage:
+        """An empty image, whose pages go to the server."""
+        return SentImage(images, name, image, self)
 
     def has_parent(self, image: Image) -> bool:
         """Whether the server has parent images of an image. Blocks.
@@ -80,10 +86,10 @@ class Sending:
             raise XferError(f"the page server at {self.server} has no parent images of {image.name} any more")
         self._client.send(image.image, entries, places, buffer)
 
-    def end(self) -> None:
-        """Everything was sent, and is at the server when this returns. Blocks.
+    def end(self, images: NewImagesDir, other: Mapping[str, bytes]) -> None:
+        """All pages were sent, and are at the server when this returns. Blocks.
 
-        :raises incdump.errors.XferError: it is not.
+        :raises incdump.errors.XferError: they are not.
         """
         self._client.end()
 

@@ -174,6 +174,10 @@ class NewImagesDir:
                 del self._made_files[name]
             raise self._in_use(name) from error
 
+    def files(self) -> list[str]:
+        """The files that were created here, the parent link left out."""
+        return [name for name in self._made_files if name != PARENT]
+
     def remove(self, name: str) -> None:
         """Remove a file that was created here, for what it belongs to is not part of the dump after all.
 

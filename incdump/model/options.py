@@ -10,9 +10,13 @@ TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
 PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
 Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
 WayName: TypeAlias = Literal["auto", "leash", "lazy-pages"]
+ProtocolName: TypeAlias = Literal["auto", "criu"]
+CompressionName: TypeAlias = Literal["auto", "off", "lz4"]
 
 TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
 WAYS: tuple[WayName, ...] = ("auto", "leash", "lazy-pages")
+PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
+COMPRESSIONS: tuple[CompressionName, ...] = ("auto", "off", "lz4")
 PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")
 
 
@@ -34,6 +38,9 @@ class DumpOptions:
     :ivar page_server: address and port of a page server, incdump's or CRIU's, that is to have the pages; None: they go
         to the images dir.
     :ivar page_server_timeout: seconds for which it may take nothing, or not answer.
+    :ivar page_server_protocol: ``"auto"``: incdump's own with a server that has it, which then gets all images; or
+        ``"criu"``.
+    :ivar compression: of pages on their way to an incdump page server: ``"auto"``: where it turns out to be quicker.
     """
 
     tracker: TrackerName = "auto"
@@ -44,3 +51,5 @@ class DumpOptions:
     freeze_timeout: float = 10.0
     page_server: tuple[str, int] | None = None
     page_server_timeout: float = 30.0
+    page_server_protocol: ProtocolName = "auto"
+    compression: CompressionName = "auto"

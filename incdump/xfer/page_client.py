@@ -9,7 +9,6 @@ another thread, ends the one that is under way.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from itertools import islice
@@ -20,10 +19,12 @@ import numpy as np
 from incdump.errors import ConnectionLost, XferError
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
-from incdump.xfer.sockets import hang_up, limit_calls, why
+from incdump.xfer.blocks import OFFER_MESSAGE, SPEAKS
+from incdump.xfer.sockets import connect, hang_up, limit_calls
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 _IOV_MAX = 1024
 _LAYOUT_PATIENCE = 1.0
 """Seconds, beside 20 round trips, after which a server that has not answered is taken for one of the long layout."""
-_CONNECT_TIMEOUT = 10.0
 
 
 class PageClient:
@@ -56,16 +56,20 @@ class PageClient:
         self._layout: Layout | None = None
         self._lock = threading.Lock()
         began = time.monotonic()
-        try:
-            self._socket = socket.create_connection((address, port), min(timeout, _CONNECT_TIMEOUT))
-            self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
-            limit_calls(self._socket, timeout)
-        except (OSError, UnicodeError) as error:
-            reason, number = why(error)
-            raise XferError(
-                f"no page server at {self.server}: {reason}; start one there (incdump page-server, criu page-server)",
-                errno=number,
-            ) from error
+        self._socket = connect(address, port, timeout)
+        self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
+
+    def speaks_blocks(self) -> bool:
+        """Whether the server speaks `incdump.xfer.blocks` (incdump's own), and goes on in it. To be asked first.
+
+        :raises ConnectionLost: the server has gone, or is silent.
+        """
+        with self._lock:
+            return self._ask(OFFER_MESSAGE, ANSWER.size) == SPEAKS
+
+    def detach(self) -> socket.socket:
+        """The connection, which is the caller's from now on."""
+        return self._socket
 
     def ask(self, image: Image) -> bool:
         """Whether the server has parent images of an image.

@@ -35,17 +35,21 @@ _IOV_MAX = 1024
 class Session:
     """A client's session. Blocks; to end it from outside, shut its socket down."""
 
-    def __init__(self, connection: socket.socket, receiver: ReceivedImages, *, timeout: float | None = None) -> None:
+    def __init__(
+        self, connection: socket.socket, receiver: ReceivedImages, *, timeout: float | None = None, first: bytes = b""
+    ) -> None:
         """
         :param connection: connected; stays the caller's to close.
         :param timeout: seconds for which the client may be silent, or not take an answer; None for ever.
+        :param first: what was received of it already.
         """
         self._connection = connection
         self._receiver = receiver
         self._timeout = timeout
         self._headers = Headers()
         self._buffer = memoryview(bytearray(BUFFER + LONGEST))
-        self._start = self._end = 0  # of what was received, and is not yet understood
+        self._buffer[: len(first)] = first
+        self._start, self._end = 0, len(first)  # of what was received, and is not yet understood
         self._pages: list[memoryview] = []  # of the open image, in the buffer, not yet written
         self._splicer = Splicer(connection, timeout)
         self._only_headers = False  # are received into the buffer: the last run was big, so the next one may be

@@ -38,6 +38,9 @@ from incdump.model.runs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from incdump.images.images_dir import ImagesDir
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Entries, Runs
@@ -254,11 +257,7 @@ class ReceivedImages:
 
         :raises ImagesError: the parents cannot be read, or not changed.
         """
-        for level in () if self._parent is None else self._parent.levels():
-            for image, name in self._done.items():
-                path = self._images.path / name
-                for table in decode_in_parts(read_file(path) or b"", path)[1]:
-                    self.received.punched += _punch(level, image, canonical(entry_runs(present_entries(table))))
+        self.received.punched += give_back(self._parent, self._images.path, self._done)
 
     def discard(self) -> None:
         """Remove everything that has come. Never fails."""
@@ -303,6 +302,23 @@ def _check(table: Entries, current: _Open) -> None:
     current.pages += float(pages.sum(dtype=np.float64))
     if current.runs > MOST_RUNS or current.pages >= _MOST_PAGES:
         raise ProtocolError(f"the client sends more of {current.name} than there can be")
+
+
+def give_back(parent: ImagesDir | None, path: Path, names: Mapping[Image, str]) -> int:
+    """Have parent images give back the disk space of pages that newer images have.
+
+    :param parent: the parent images, and those above them.
+    :param path: the newer images dir.
+    :param names: its pagemaps' files.
+    :returns: bytes that were given back.
+    :raises ImagesError: something cannot be read, or not changed.
+    """
+    punched = 0
+    for level in () if parent is None else parent.levels():
+        for image, name in names.items():
+            for table in decode_in_parts(read_file(path / name) or b"", path / name)[1]:
+                punched += _punch(level, image, canonical(entry_runs(present_entries(table))))
+    return punched
 
 
 def _punch(level: ImagesDir, image: Image, runs: Runs) -> int:

@@ -6,10 +6,30 @@ import socket
 import struct
 from contextlib import suppress
 
-from incdump.errors import ConnectionLost
+from incdump.errors import ConnectionLost, XferError
 
+_CONNECT_TIMEOUT = 10.0
 _LONGEST = 1e8
 """Three years: what the kernel takes for a timeout."""
+
+
+def connect(address: str, port: int, timeout: float) -> socket.socket:
+    """Connect to a page server. Blocks.
+
+    :param timeout: seconds for which it may take nothing, or not answer; see `limit_calls`.
+    :raises XferError: there is no server.
+    """
+    try:
+        connection = socket.create_connection((address, port), min(timeout, _CONNECT_TIMEOUT))
+        limit_calls(connection, timeout)
+    except (OSError, UnicodeError) as error:
+        reason, number = why(error)
+        raise XferError(
+            f"no page server at {address} port {port}: {reason}; start one there (incdump page-server, "
+            "criu page-server)",
+            errno=number,
+        ) from error
+    return connection
 
 
 def limit_calls(connection: socket.socket, seconds: float | None) -> None:

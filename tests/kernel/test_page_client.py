@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from incdump.model.options import TrackerName
+    from incdump.model.options import ProtocolName, TrackerName
     from tests.targets.build import Target
 
 pytestmark = pytest.mark.kernel
@@ -47,6 +47,7 @@ pytestmark = pytest.mark.kernel
 SLOWER = float(os.environ.get("INCDUMP_TEST_SLOWER", "1"))
 """On an emulated machine, which the target shares with both ends, an answer may take long."""
 
+PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
 TRACKERS: tuple[TrackerName, ...] = ("uffd-wp", "soft-dirty", "content")
 
 
@@ -111,15 +112,16 @@ async def prove(chain: Chain, served: Served, options: DumpOptions) -> oracle.Re
     return report
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("tracker", TRACKERS)
 @pytest.mark.asyncio
 async def test_a_chain_at_a_page_server_is_exact(
-    churn: Callable[..., Target], images_root: Path, tracker: TrackerName
+    churn: Callable[..., Target], images_root: Path, tracker: TrackerName, protocol: ProtocolName
 ) -> None:
     require_tracker(tracker)
     target = churn(seed=71, threads=3, processes=2, mib=8, free_run=True, dirty_rate=20000)
     async with page_server(images_root / "served") as served:
-        chain = Chain(target, images_root, to(served.port, tracker))
+        chain = Chain(target, images_root, to(served.port, tracker, page_server_protocol=protocol))
         for _ in range(4):
             await chain.predump()
         report = await prove(chain, served, chain.options)
@@ -205,48 +207,76 @@ async def test_what_the_server_does_not_have_is_sent_whole(churn: Callable[..., 
 
 
 class Cutter:
-    """Forwards connections to a port, and cuts each after a number of bytes to it.
+    """Forwards connections to a port, and cuts them all after a number of bytes that went to it, of all together.
 
     :ivar port: where it listens.
-    :ivar after: the bytes after which the next connection is cut; None: never.
+    :ivar passed: the bytes since `begin`.
     """
 
     def __init__(self, port: int) -> None:
         self._to = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
-        self.after: int | None = None
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._after: int | None = None
         self.passed = 0
         threading.Thread(target=self._run, daemon=True).start()
 
+    def begin(self, after: int | None = None) -> None:
+        """Cut what comes from now on after so many bytes; None: never."""
+        with self._lock:
+            self._after, self.passed = after, 0
+
     def close(self) -> None:
         self._listener.close()
+        self._cut()
 
     def _run(self) -> None:
         with suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._to))
+                with self._lock:
+                    self._open |= {client, server}
                 threading.Thread(target=self._back, args=(server, client), daemon=True).start()
-                self._forth(client, server, self.after)
+                threading.Thread(target=self._forth, args=(client, server), daemon=True).start()
 
-    def _forth(self, client: socket.socket, server: socket.socket, left: int | None) -> None:
-        self.passed = 0
-        with client, server, suppress(OSError):
-            while data := client.recv(1 << 16 if left is None else min(left, 1 << 16) or 1):
-                if left == 0:
-                    break
-                server.sendall(data)
-                self.passed += len(data)
-                left = None if left is None else left - len(data)
-            for end in (server, client):
+    def _forth(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 16):
+                may_pass = self._may_pass(len(data))
+                server.sendall(data[:may_pass])
+                if may_pass < len(data):
+                    self._cut()
+                    return
+            server.shutdown(socket.SHUT_WR)
+
+    def _may_pass(self, size: int) -> int:
+        with self._lock:
+            if self._after is not None:
+                size = max(0, min(size, self._after - self.passed))
+            self.passed += size
+            return size
+
+    def _cut(self) -> None:
+        with self._lock:
+            ends, self._open = self._open, set()
+        for end in ends:
+            with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
-    @staticmethod
-    def _back(server: socket.socket, client: socket.socket) -> None:
+    def _back(self, server: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(1 << 16):
                 client.sendall(data)
+        with self._lock:
+            ends, self._open = self._open & {server, client}, self._open - {server, client}
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
 
 @contextmanager
@@ -258,11 +288,12 @@ def cutter(port: int) -> Iterator[Cutter]:
         found.close()
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("tracker", ["uffd-wp", "soft-dirty"])
 @pytest.mark.timeout(600)
 @pytest.mark.asyncio
 async def test_connections_that_are_cut_anywhere_cost_no_write(
-    churn: Callable[..., Target], images_root: Path, tracker: TrackerName
+    churn: Callable[..., Target], images_root: Path, tracker: TrackerName, protocol: ProtocolName
 ) -> None:
     require_tracker(tracker)
     dice = random.Random(5)
@@ -270,22 +301,22 @@ async def test_connections_that_are_cut_anywhere_cost_no_write(
     cut, rounds = 0, 0
     async with page_server(images_root / "served") as served:
         with cutter(served.port) as between:
-            chain = Chain(target, images_root, to(between.port, tracker))
+            chain = Chain(target, images_root, to(between.port, tracker, page_server_protocol=protocol))
             await chain.predump()
+            whole = between.passed
             while rounds < 50:
                 rounds += 1
                 # Anywhere in what a round sends, its first and last words more often.
-                edge = dice.choice((dice.randrange(200), between.passed - dice.randrange(60)))
-                between.after = max(0, dice.choice((edge, dice.randrange(between.passed))))
-                whole = between.passed
+                edge = dice.choice((dice.randrange(200), whole - dice.randrange(60)))
+                between.begin(max(0, dice.choice((edge, dice.randrange(whole)))))
                 try:
                     await (chain.dump() if rounds % 3 == 0 else chain.predump())
+                    whole = between.passed
                 except XferError:
-                    between.passed = whole
                     cut += 1
                     assert not chain.root.joinpath(f"{chain.attempts:03}").exists()
                     assert_untouched(target)
-                between.after = None
+                between.begin()
                 if rounds % 10 == 0:
                     await prove(chain, served, chain.options)
                     assert chain.last.incremental
@@ -325,10 +356,11 @@ async def test_a_dump_that_waits_for_its_server_can_be_cancelled(
 
 
 def _take_a_little(listener: socket.socket) -> None:
-    """A server that opens an image, takes a bit of it, and then nothing any more."""
+    """CRIU's server, which opens an image, takes a bit of it, and then nothing any more."""
     connection, _ = listener.accept()
-    connection.recv(24, socket.MSG_WAITALL)
-    connection.sendall(b"\0")
+    for answer in (b"\0\0\0\0", b"\0"):
+        connection.recv(24, socket.MSG_WAITALL)
+        connection.sendall(answer)
     connection.recv(100)
     time.sleep(600)
 

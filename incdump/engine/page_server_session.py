@@ -1,0 +1,46 @@
+"""A session with a page server, in the best protocol that it speaks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from incdump.engine.sent_image import Sending
+from incdump.engine.stored_image import Storing
+from incdump.xfer.block_client import BlockClient
+from incdump.xfer.page_client import PageClient
+from incdump.xfer.sockets import connect
+
+if TYPE_CHECKING:
+    from incdump.model.options import DumpOptions
+
+ServerSession: TypeAlias = "Sending | Storing"
+
+
+def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
+    """Connect to the page server. Blocks.
+
+    :param options: which server, and how.
+    :param parent: the generation of the parent dump, if there is one.
+    :raises incdump.errors.XferError: there is no server, or it is not what was asked for.
+    """
+    assert options.page_server is not None
+    address, port = options.page_server
+    timeout = options.page_server_timeout
+    client = PageClient(address, port, timeout=timeout)
+    try:
+        if options.page_server_protocol == "criu" or not client.speaks_blocks():
+            return Sending(client)
+    except BaseException:
+        client.close()
+        raise
+    return Storing(
+        BlockClient(
+            client.detach(),
+            client.server,
+            lambda: connect(address, port, timeout),
+            channels=options.writers,
+            parent=parent,
+            compress=options.compression,
+            timeout=timeout,
+        )
+    )
