@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     )
     from incdump.images.chain import ChainReport
     from incdump.images.images_dir import ImagesDir
-    from incdump.model.options import DumpOptions
+    from incdump.model.options import DumpOptions, TlsFiles
     from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, RestoreResult
 
 __version__ = "0.1.0.dev0"
@@ -76,6 +76,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "untrack",
     "Session",
     "DumpOptions",
+    "TlsFiles",
     "DumpResult",
     "DumpStats",
     "CheckpointTimes",
@@ -129,6 +130,7 @@ _HOME = {
     "PageServerOptions": "incdump.engine.page_server",
     "SessionReport": "incdump.engine.page_server",
     "DumpOptions": "incdump.model.options",
+    "TlsFiles": "incdump.model.options",
     "DumpResult": "incdump.model.stats",
     "DumpStats": "incdump.model.stats",
     "CheckpointTimes": "incdump.model.stats",

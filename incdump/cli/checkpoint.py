@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from incdump.cli.dumping import dump_options, run_dump
+from incdump.cli.dumping import dump_options, page_server_options, run_dump
 from incdump.cli.invocation import Command, Invocation, criu_arguments, criu_option
 from incdump.model.options import WAYS
 
@@ -22,6 +22,7 @@ Examples:
 
 @click.command("checkpoint", cls=Command, epilog=_EXAMPLE)
 @dump_options
+@page_server_options
 @criu_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")

@@ -12,14 +12,15 @@ import click
 from incdump.cli.invocation import SECONDS, Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
-from incdump.model.options import PAGEMAPS, TRACKERS, DumpOptions, default_writers
+from incdump.cli.tls import take_tls, tls_options
+from incdump.model.options import COMPRESSIONS, PAGEMAPS, PROTOCOLS, TRACKERS, DumpOptions, default_writers
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from incdump.cli.text import Fact
-    from incdump.model.options import Afterwards
+    from incdump.model.options import Afterwards, CompressionName, ProtocolName
     from incdump.model.stats import DumpResult, DumpStats
 
 Kind = Literal["pre-dump", "dump", "checkpoint"]
@@ -85,6 +86,21 @@ _PAGE_SERVER_OPTIONS = (
     click.option("--page-server", is_flag=True, help="Send the pages to a page server; all else goes to DIR."),
     click.option("--address", default="127.0.0.1", metavar="ADDRESS", show_default=True, help="Of the page server."),
     click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Of the page server."),
+    click.option(
+        "--protocol",
+        type=click.Choice(PROTOCOLS),
+        default="auto",
+        show_default=True,
+        help="auto: incdump's own, which sends all images, with a server that has it; else CRIU's, which sends pages.",
+    ),
+    click.option(
+        "--compression",
+        type=click.Choice(COMPRESSIONS),
+        default="auto",
+        show_default=True,
+        help="Of pages on their way, in incdump's protocol. auto: where it turns out to be quicker.",
+    ),
+    tls_options,
 )
 
 
@@ -122,18 +138,25 @@ def run_dump(
     page_server: bool = False,
     address: str = "",
     port: int | None = None,
-    **with_criu: Any,
+    protocol: ProtocolName = "auto",
+    compression: CompressionName = "auto",
+    **given: Any,
 ) -> None:
     """Dump, and report.
 
-    :param with_criu: for a checkpoint: what `incdump.engine.checkpoint.checkpoint` is to be told besides.
+    :param given: the values of `incdump.cli.tls.tls_options`; and for a checkpoint what
+        `incdump.engine.checkpoint.checkpoint` is to be told besides.
     """
+    tls = take_tls(given)
+    with_criu = given
     if require_incremental and parent is None:
         raise click.UsageError("--require-incremental needs --prev-images-dir: without it everything is dumped")
     if page_server and port is None:
         raise click.UsageError("--page-server needs --port, as the page server prints it")
     if port is not None and not page_server:
         raise click.UsageError("--port is of a page server: it needs --page-server")
+    if tls is not None and not page_server:
+        raise click.UsageError("--tls is for a page server: it needs --page-server")
     for name, text in (("-D", images_dir), ("--prev-images-dir", parent), ("-o", log_file)):
         if text == "" or (text is not None and "\0" in text):
             raise click.BadParameter("an empty name", param_hint=name)
@@ -145,6 +168,9 @@ def run_dump(
         afterwards=afterwards,
         freeze_timeout=timeout,
         page_server=(address, port) if port is not None else None,
+        page_server_protocol=protocol,
+        compression=compression,
+        tls=tls,
     )
     with Log(invocation.verbosity, log_file, images_dir) as log:
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))

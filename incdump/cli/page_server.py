@@ -20,6 +20,7 @@ from incdump.cli.invocation import (
     verbose_option,
 )
 from incdump.cli.signals import Stopped, run
+from incdump.cli.tls import take_tls, tls_options
 
 if TYPE_CHECKING:
     from incdump.engine.page_server import PageServer, SessionReport
@@ -45,7 +46,7 @@ Examples:
     default="127.0.0.1",
     metavar="ADDRESS",
     show_default=True,
-    help="Where to listen. Whoever can connect is believed.",
+    help="Where to listen. Whoever can connect is believed, unless there is --tls.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=0, metavar="PORT", show_default=True, help="0: any free one."
@@ -73,11 +74,13 @@ Examples:
     metavar="FD",
     help="Write a zero byte there, and close it, when listening.",
 )
+@tls_options
 @json_option
 @verbose_option
 @click.pass_obj
 def command(
     invocation: Invocation,
+    /,
     images_dir: str,
     address: str,
     port: int,
@@ -88,6 +91,7 @@ def command(
     max_bytes: int | None,
     timeout: float,
     status_fd: int | None,
+    **given: Any,
 ) -> None:
     """Receive pages over the network, from CRIU or whoever speaks its page-server protocol.
 
@@ -101,6 +105,7 @@ def command(
     for name, text in (("-D", images_dir), ("--prev-images-dir", parent), ("--address", address)):
         if text == "" or (text is not None and "\0" in text):
             raise click.BadParameter("an empty name", param_hint=name)
+    tls = take_tls(given)
     from incdump.engine.page_server import PageServer, PageServerOptions
 
     options = PageServerOptions(
@@ -111,6 +116,7 @@ def command(
         max_bytes=max_bytes,
         timeout=timeout,
         own_dirs=not once,
+        tls=tls,
     )
     server = PageServer(images_dir, parent=parent, options=options)
     try:

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectSendStream
 
+    from incdump.model.options import TlsFiles
     from incdump.xfer.received import Received
+    from incdump.xfer.sockets import Wrap
 
 _BACKLOG = 8
 _WAITING = 32
@@ -61,6 +63,7 @@ class PageServerOptions:
     :ivar auto_dedup: have the parent images give back the disk space of pages that came again.
     :ivar max_bytes: of pages in one session; None for as many as the disk holds.
     :ivar timeout: seconds for which a client may be silent; None for ever.
+    :ivar tls: for encrypted connections, from clients with a certificate; None: plain ones.
     """
 
     address: str = "127.0.0.1"
@@ -70,6 +73,7 @@ class PageServerOptions:
     auto_dedup: bool = False
     max_bytes: int | None = None
     timeout: float | None = 120.0
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +114,16 @@ class _Client:
         self.error = error
         self.first = b""
 
-    def hear(self, timeout: float | None, joins: Joins) -> None:
+    def hear(self, timeout: float | None, joins: Joins, wrap: Wrap | None) -> None:
         """Hear what it begins with. Blocks."""
         assert self.connection is not None
         try:
+            if wrap is not None:
+                self.connection.settimeout(timeout)
+                from incdump.xfer.tls import shake_hands  # was loaded when the server began
+
+                self.connection = wrap(self.connection)
+                shake_hands(self.connection)
             limit_calls(self.connection, timeout)
             self.first = self._take(len(OFFER), timeout)
             if self.first == JOIN:
@@ -170,6 +180,7 @@ class PageServer:
         self._done = 0  # sessions that have their directory, those of earlier runs included
         self._listener: socket.socket | None = None
         self._joins = Joins()
+        self._wrap: Wrap | None = None
         self.host, self.port = self._options.address, self._options.port
         self.was_serving = False
 
@@ -190,6 +201,10 @@ class PageServer:
             if self._parent is not None and not os.path.isabs(self._parent):
                 self._parent = os.path.join("..", self._parent)  # as seen from the first session's directory
         NewImagesDir.create(*self._place(self._done + 1)).discard()  # what is wrong is said now
+        if self._options.tls is not None:
+            from incdump.xfer.tls import server_side  # not for everybody: it takes its time to load
+
+            self._wrap = await in_thread(server_side, self._options.tls)
         try:
             self._listener = await in_thread(self._listen)
         except (OSError, UnicodeError) as error:
@@ -262,7 +277,7 @@ class PageServer:
     ) -> None:
         is_waiting = False
         try:
-            await in_thread(client.hear, self._options.timeout, self._joins, break_off=client.hang_up)
+            await in_thread(client.hear, self._options.timeout, self._joins, self._wrap, break_off=client.hang_up)
             if client.connection is not None:
                 await clients.send(client)
             is_waiting = True

@@ -26,7 +26,7 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
     assert options.page_server is not None
     address, port = options.page_server
     timeout = options.page_server_timeout
-    client = PageClient(address, port, timeout=timeout)
+    client = PageClient(address, port, timeout=timeout, tls=options.tls)
     try:
         if options.page_server_protocol == "criu" or not client.speaks_blocks():
             return Sending(client)
@@ -37,7 +37,7 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
         BlockClient(
             client.detach(),
             client.server,
-            lambda: connect(address, port, timeout),
+            lambda: connect(address, port, timeout, options.tls),
             channels=options.writers,
             parent=parent,
             compress=options.compression,

@@ -20,6 +20,24 @@ COMPRESSIONS: tuple[CompressionName, ...] = ("auto", "off", "lz4")
 PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """What TLS with a page server needs, all in PEM, as CRIU's options of the same names.
+
+    :ivar cacert: the certificate of the authority that the other end's is signed by.
+    :ivar cert: the own certificate.
+    :ivar key: its private key.
+    :ivar cacrl: certificates that the authority has taken back; None for none.
+    :ivar verify_name: whether the server's certificate is to have the name that the client connects to.
+    """
+
+    cacert: str = "/etc/pki/CA/cacert.pem"
+    cert: str = "/etc/pki/criu/cert.pem"
+    key: str = "/etc/pki/criu/private/key.pem"
+    cacrl: str | None = None
+    verify_name: bool = True
+
+
 def default_writers() -> int:
     """As many page-xfer writers as there are processors to run them, at most 4."""
     return max(1, min(4, len(os.sched_getaffinity(0))))
@@ -40,6 +58,7 @@ class DumpOptions:
     :ivar page_server_timeout: seconds for which it may take nothing, or not answer.
     :ivar page_server_protocol: ``"auto"``: incdump's own with a server that has it, which then gets all images; or
         ``"criu"``.
+    :ivar tls: for an encrypted connection; None: whoever is in between can read and change what is sent.
     :ivar compression: of pages on their way to an incdump page server: ``"auto"``: where it turns out to be quicker.
     """
 
@@ -52,4 +71,5 @@ class DumpOptions:
     page_server: tuple[str, int] | None = None
     page_server_timeout: float = 30.0
     page_server_protocol: ProtocolName = "auto"
+    tls: TlsFiles | None = None
     compression: CompressionName = "auto"

@@ -40,7 +40,7 @@ from incdump.xfer.blocks import (
     decode_terms,
     encode_terms,
 )
-from incdump.xfer.sockets import hang_up
+from incdump.xfer.sockets import SILENT, hang_up, is_plain, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,7 +129,7 @@ class Channel:
         self.choice = choice
         self._server = server
         self._timeout = timeout
-        self._lends = type(connection) is socket.socket  # what TLS has to encrypt is copied anyway
+        self._lends = is_plain(connection)
         self._free = deque(_Buffer() for _ in range(BUFFERS))
         self._out: deque[_Buffer] = deque()
         self._wanted_at = 0.0
@@ -197,7 +197,7 @@ class Channel:
         try:
             while start < end:
                 start += os.sendfile(self.connection.fileno(), buffer.fd, start, end - start)
-        except BlockingIOError:
+        except SILENT:
             raise self._nothing_taken() from None
         except OSError as error:
             raise self._broken(error) from None
@@ -212,7 +212,7 @@ class Channel:
         """
         try:
             self.connection.sendall(data, flags)
-        except BlockingIOError:
+        except SILENT:
             raise self._nothing_taken() from None
         except OSError as error:
             raise self._broken(error) from None
@@ -261,7 +261,7 @@ class Channel:
         """
         try:
             data = self.connection.recv(most)
-        except BlockingIOError:
+        except SILENT:
             raise ConnectionLost(f"the page server at {self._server} did not answer for {self._timeout:g} s") from None
         except OSError as error:
             raise self._broken(error) from None
@@ -425,7 +425,7 @@ class BlockClient:
         self.flush()
         for other in self._channels[1:]:
             with suppress(OSError):
-                other.connection.shutdown(socket.SHUT_WR)
+                shut_down(other.connection, socket.SHUT_WR)
         with self._first() as first:
             first.send_all(Header(Op.FINISH).encode())
             first.receive_answer()

@@ -42,7 +42,7 @@ from incdump.xfer.blocks import (
     decode_terms,
     encode_terms,
 )
-from incdump.xfer.sockets import broken, hang_up
+from incdump.xfer.sockets import SILENT, broken, hang_up, shut_down
 from incdump.xfer.splicing import Splicer, receive
 from incdump.xfer.wire import encode_answer
 
@@ -173,7 +173,7 @@ class BlockSession:
             with self._lock:
                 self._error = self._error or error
             with suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RD)  # the first channel waits for what will not come
+                shut_down(self._connection, socket.SHUT_RD)  # the first channel waits for what will not come
 
     def _end_others(self, *, wait: bool) -> None:
         """End all other channels.
@@ -257,7 +257,7 @@ class _Channel:
                 _make_zeros(fd, offset, left)
                 return
             if header.coding is Coding.RAW:
-                if self._may_splice:
+                if self._splicer.works:
                     left = self._splicer.move(left, fd, path, offset)
                 data = self.take(left)
                 offset += header.length - left
@@ -270,11 +270,6 @@ class _Channel:
         except OSError as error:
             raise_io_error(error, "write", path)
 
-    @property
-    def _may_splice(self) -> bool:
-        is_plain = type(self.connection) is socket.socket  # TLS is decrypted in this process
-        return is_plain and self._splicer.works
-
     def take(self, size: int) -> memoryview:
         """Bytes that are to come; good until the next call."""
         got = 0
@@ -286,7 +281,7 @@ class _Channel:
         """Send an answer."""
         try:
             self.connection.sendall(data)
-        except BlockingIOError:
+        except SILENT:
             raise ConnectionLost("the client did not take an answer in time") from None
         except OSError as error:
             raise broken(error) from None
@@ -317,7 +312,7 @@ def _tell(connection: socket.socket, error: BaseException) -> None:
     text = (str(error) if isinstance(error, IncdumpError) else "internal error").encode()[: MOST_TEXT - 1]
     with suppress(OSError, XferError):
         connection.sendall(bytes([FAILED]) + LENGTH.pack(len(text)) + text)
-        connection.shutdown(socket.SHUT_WR)
+        shut_down(connection, socket.SHUT_WR)
         deadline = time.monotonic() + _FAREWELL_SECONDS
         connection.settimeout(_FAREWELL_SECONDS)
         while time.monotonic() < deadline and connection.recv(MOST_BEHIND):

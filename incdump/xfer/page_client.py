@@ -20,7 +20,7 @@ from incdump.errors import ConnectionLost, XferError
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
 from incdump.xfer.blocks import OFFER_MESSAGE, SPEAKS
-from incdump.xfer.sockets import connect, hang_up, limit_calls
+from incdump.xfer.sockets import SILENT, connect, hang_up, is_plain, limit_calls
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from incdump.model.options import TlsFiles
     from incdump.model.runs import Entries
     from incdump.xfer.wire import Image
 
@@ -45,18 +46,19 @@ class PageClient:
     :ivar server: where it is, for people.
     """
 
-    def __init__(self, address: str, port: int, *, timeout: float) -> None:
+    def __init__(self, address: str, port: int, *, timeout: float, tls: TlsFiles | None = None) -> None:
         """Connect. Blocks.
 
         :param timeout: seconds for which the server may take nothing, or not answer.
-        :raises XferError: there is no server.
+        :param tls: for an encrypted connection.
+        :raises XferError: there is no server, or it is not the one that it should be.
         """
         self.server = f"{address} port {port}"
         self._timeout = timeout
         self._layout: Layout | None = None
         self._lock = threading.Lock()
         began = time.monotonic()
-        self._socket = connect(address, port, timeout)
+        self._socket = connect(address, port, timeout, tls)
         self._patience = min(timeout, _LAYOUT_PATIENCE + 20 * (time.monotonic() - began))
 
     def speaks_blocks(self) -> bool:
@@ -149,7 +151,7 @@ class PageClient:
         while len(data) < size:
             try:
                 more = self._socket.recv(size - len(data))
-            except BlockingIOError:
+            except SILENT:
                 raise _Silence(f"the page server at {self.server} did not answer for {self._timeout:g} s") from None
             except OSError as error:
                 raise self._broken(error) from None
@@ -161,8 +163,8 @@ class PageClient:
     def _send(self, parts: list[memoryview]) -> None:
         while parts:
             try:
-                sent = self._socket.sendmsg(parts)
-            except BlockingIOError:
+                sent = self._socket.sendmsg(parts) if is_plain(self._socket) else self._socket.send(parts[0])
+            except SILENT:
                 raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
             except OSError as error:
                 raise self._broken(error) from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from incdump.errors import ConnectionLost, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.images.page_reads import rest_of
-from incdump.xfer.sockets import broken, limit_calls
+from incdump.xfer.sockets import SILENT, broken, limit_calls
 from incdump.xfer.splicing import Splicer, receive
 from incdump.xfer.wire import ENDS, LONGEST, Command, Headers, Image, Layout, encode_answer, encode_has_parent
 
@@ -150,7 +150,7 @@ class Session:
     def _send(self, data: bytes) -> None:
         try:
             self._connection.sendall(data)
-        except BlockingIOError:
+        except SILENT:
             raise ConnectionLost(f"the client did not take an answer for {self._timeout:g} s") from None
         except OSError as error:
             raise broken(error) from None

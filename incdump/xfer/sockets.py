@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING, TypeAlias
 
 from incdump.errors import ConnectionLost, XferError
 
+if TYPE_CHECKING:
+    from incdump.model.options import TlsFiles
+
+Wrap: TypeAlias = Callable[[socket.socket], socket.socket]
+"""Makes a connection an encrypted one."""
+SILENT = (BlockingIOError, TimeoutError)
+"""What a call on a connection fails with when its time is over."""
 _CONNECT_TIMEOUT = 10.0
 _LONGEST = 1e8
 """Three years: what the kernel takes for a timeout."""
 
 
-def connect(address: str, port: int, timeout: float) -> socket.socket:
+def connect(address: str, port: int, timeout: float, tls: TlsFiles | None = None) -> socket.socket:
     """Connect to a page server. Blocks.
 
     :param timeout: seconds for which it may take nothing, or not answer; see `limit_calls`.
-    :raises XferError: there is no server.
+    :param tls: for an encrypted connection.
+    :raises XferError: there is no server, or it is not the one that it should be.
     """
+    wrap = None
+    if tls is not None:
+        from incdump.xfer.tls import client_side, shake_hands  # not for everybody: it takes its time to load
+
+        wrap = client_side(tls, address)
     try:
         connection = socket.create_connection((address, port), min(timeout, _CONNECT_TIMEOUT))
-        limit_calls(connection, timeout)
     except (OSError, UnicodeError) as error:
         reason, number = why(error)
         raise XferError(
@@ -29,18 +43,28 @@ def connect(address: str, port: int, timeout: float) -> socket.socket:
             "criu page-server)",
             errno=number,
         ) from error
+    if wrap is not None:
+        connection.settimeout(timeout)
+        connection = wrap(connection)
+        try:
+            shake_hands(connection)
+        except BaseException:
+            connection.close()
+            raise
+    with suppress(OSError):  # it has broken already: the first call says so
+        limit_calls(connection, timeout)
     return connection
 
 
 def limit_calls(connection: socket.socket, seconds: float | None) -> None:
     """Have each system call on a blocking socket fail with EAGAIN after some time; and small messages leave at once.
 
-    The kernel does it: Python's own timeouts have it poll before each call.
+    The kernel does it: Python's own timeouts have it poll before each call. Only with TLS they are needed.
 
     :param seconds: None for ever.
     :raises OSError: the connection has broken.
     """
-    connection.settimeout(None)
+    connection.settimeout(None if is_plain(connection) else seconds)
     limit = 0.0 if seconds is None else min(max(seconds, 1e-3), _LONGEST)
     value = struct.pack("@ll", int(limit), int(limit % 1 * 1e6))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
@@ -48,6 +72,19 @@ def limit_calls(connection: socket.socket, seconds: float | None) -> None:
     if connection.family in (socket.AF_INET, socket.AF_INET6):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def is_plain(connection: socket.socket) -> bool:
+    """Whether what goes through a connection is what goes over the network: not with TLS."""
+    return type(connection) is socket.socket
+
+
+def shut_down(connection: socket.socket, how: int) -> None:
+    """shutdown(2), below TLS: of another thread's call nothing is disturbed but that it ends.
+
+    :raises OSError: the connection has broken.
+    """
+    socket.socket.shutdown(connection, how)
 
 
 def why(error: OSError | UnicodeError) -> tuple[str, int | None]:
@@ -65,7 +102,7 @@ def hang_up(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
     with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        shut_down(connection, socket.SHUT_RDWR)
 
 
 def broken(error: OSError) -> ConnectionLost:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from incdump.errors import ConnectionLost
 from incdump.images.framing import raise_io_error
-from incdump.xfer.sockets import broken, silence
+from incdump.xfer.sockets import SILENT, broken, is_plain, silence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,14 +25,14 @@ _WORTH_WAITING_FOR = 512 << 10
 class Splicer:
     """The pipe between one connection and the files that its pages go to.
 
-    :ivar works: False once a file system turned out not to take what is spliced.
+    :ivar works: False with TLS, and once a file system turned out not to take what is spliced.
     """
 
     def __init__(self, connection: socket.socket, timeout: float | None) -> None:
         """
         :param timeout: seconds for which the client may be silent; None for ever.
         """
-        self.works = True
+        self.works = is_plain(connection)
         self._connection = connection
         self._timeout = timeout
         self._pipe: tuple[int, int] | None = None
@@ -103,7 +103,7 @@ def receive(call: Callable[..., int], timeout: float | None, *arguments: object)
     """
     try:
         got = call(*arguments)
-    except BlockingIOError:
+    except SILENT:
         raise silence(timeout) from None
     except OSError as error:
         raise broken(error) from None

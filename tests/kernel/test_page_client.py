@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from incdump.model.options import ProtocolName, TrackerName
+    from incdump.model.options import ProtocolName, TlsFiles, TrackerName
     from tests.targets.build import Target
 
 pytestmark = pytest.mark.kernel
@@ -77,10 +77,12 @@ class Served:
 
 
 @asynccontextmanager
-async def page_server(path: Path, *, timeout: float = 20 * SLOWER) -> AsyncIterator[Served]:
+async def page_server(
+    path: Path, *, timeout: float = 20 * SLOWER, tls: TlsFiles | None = None
+) -> AsyncIterator[Served]:
     """A server that serves any number of sessions."""
     async with (
-        PageServer(path, options=PageServerOptions(timeout=timeout)) as server,
+        PageServer(path, options=PageServerOptions(timeout=timeout, tls=tls)) as server,
         anyio.create_task_group() as tasks,
     ):
         served = Served(path, server.port)
