@@ -37,6 +37,7 @@ def server_side(files: TlsFiles) -> Wrap:
     """
     context = _context(files, ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0  # nobody resumes a session, and CRIU takes a ticket for a failed read
     return partial(context.wrap_socket, server_side=True, do_handshake_on_connect=False)
 
 

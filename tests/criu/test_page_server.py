@@ -12,6 +12,7 @@ import pytest
 
 import incdump
 from tests import oracle
+from tests.certificates import Authority
 from tests.command import read_until, start, wait
 from tests.criu.criu import CHAINABLE_OPS, criu, dump, restorable_churn, revive
 from tests.criu.criu import page_server as crius_page_server
@@ -59,6 +60,25 @@ def test_criu_restores_what_it_dumped_to_incdumps_page_server(images_root: Path)
         assert list(rest.glob("pages-*")) == []
         put_together(rest, served)
         assert len(incdump.check(served).levels) == 1
+        revive(target, served)
+        target.quit()
+
+
+def tls_options(files: incdump.TlsFiles) -> tuple[str, ...]:
+    """The options that both programs have."""
+    return ("--tls", "--tls-cacert", files.cacert, "--tls-cert", files.cert, "--tls-key", files.key)
+
+
+@in_own_namespaces
+def test_criu_restores_what_it_dumped_to_incdumps_page_server_over_tls(images_root: Path) -> None:
+    authority = Authority(images_root / "authority")
+    served, rest = images_root / "served", images_root / "rest"
+    with restorable_churn(images_root, seed=45, threads=2, processes=2) as target:
+        target.step(100)
+        with page_server("-D", served, "--once", *tls_options(authority.signs("127.0.0.1"))) as to_server:
+            dump(target.pid, rest, *to_server, *tls_options(authority.signs("client")), "--tls-no-cn-verify")
+        assert list(rest.glob("pages-*")) == []
+        put_together(rest, served)
         revive(target, served)
         target.quit()
 
@@ -117,6 +137,25 @@ async def test_incdump_dumps_to_crius_page_server(churn: Callable[..., Target], 
         carry_on(pids.values())
     assert report.ok, report
     assert report.from_parents
+    target.check()
+
+
+@pytest.mark.asyncio
+async def test_incdump_dumps_to_crius_page_server_over_tls(churn: Callable[..., Target], images_root: Path) -> None:
+    authority = Authority(images_root / "authority")
+    target = churn(seed=46, threads=2, processes=2, mib=4)
+    target.step(50)
+    client = replace(authority.signs("client"), verify_name=False)
+    tls = (*tls_options(authority.signs("127.0.0.1")), "--tls-no-cn-verify")
+    with crius_page_server(images_root / "served", *tls) as port:
+        options = incdump.DumpOptions(page_server=("127.0.0.1", port), afterwards="stopped", tls=client)
+        await incdump.dump(target.pid, images_root / "rest", options=options)
+    pids = oracle.tree(target.pid)
+    try:
+        report = oracle.compare(images_root / "served", pids, finished=False)
+    finally:
+        carry_on(pids.values())
+    assert report.ok, report
     target.check()
 
 
