@@ -258,9 +258,9 @@ class _Channel:
                 return
             if header.coding is Coding.RAW:
                 if self._splicer.works:
-                    left = self._splicer.move(left, fd, path, offset)
+                    self._splicer.move(left, fd, path, offset)
+                    return
                 data = self.take(left)
-                offset += header.length - left
             else:
                 data = compression.decompress(self.take(header.behind), header.length)
             while data:
