@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
     from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
+    from incdump.engine.precopy import PrecopyResult, precopy
     from incdump.engine.restore import restore
     from incdump.engine.session import Session
     from incdump.engine.untrack import untrack
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         CheckError,
         ConnectionLost,
         CriuError,
+        DidNotConverge,
         FreezeTimeout,
         HolderError,
         ImagesDirInUse,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from incdump.images.chain import ChainReport
     from incdump.images.images_dir import ImagesDir
     from incdump.model.options import DumpOptions, TlsFiles
+    from incdump.model.precopy import Decision, Estimate, Freeze, PrecopyPolicy, PrecopyRound, should_stop
     from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, RestoreResult
 
 __version__ = "0.1.0.dev0"
@@ -73,6 +76,16 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "dump",
     "checkpoint",
     "restore",
+    # the pre-copy loop
+    "precopy",
+    "PrecopyPolicy",
+    "PrecopyRound",
+    "PrecopyResult",
+    "Decision",
+    "Estimate",
+    "Freeze",
+    "should_stop",
+    "DidNotConverge",
     "untrack",
     "Session",
     "DumpOptions",
@@ -124,6 +137,14 @@ _HOME = {
     "dump": "incdump.engine.dump",
     "checkpoint": "incdump.engine.checkpoint",
     "restore": "incdump.engine.restore",
+    "precopy": "incdump.engine.precopy",
+    "PrecopyResult": "incdump.engine.precopy",
+    "PrecopyPolicy": "incdump.model.precopy",
+    "PrecopyRound": "incdump.model.precopy",
+    "Decision": "incdump.model.precopy",
+    "Estimate": "incdump.model.precopy",
+    "Freeze": "incdump.model.precopy",
+    "should_stop": "incdump.model.precopy",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
     "PageServer": "incdump.engine.page_server",

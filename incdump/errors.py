@@ -32,6 +32,7 @@ __all__ = (
     "CheckError",
     "ConnectionLost",
     "CriuError",
+    "DidNotConverge",
     "FreezeTimeout",
     "HolderError",
     "ImagesDirInUse",
@@ -183,6 +184,12 @@ class CriuError(IncdumpError):
 
 class LeashUnusable(CriuError):
     """CRIU cannot be held on a leash here; what was tried has changed nothing."""
+
+
+class DidNotConverge(IncdumpError):
+    """A pre-copy loop: the target writes faster than it can be copied."""
+
+    exit_code = 9
 
 
 class XferError(IncdumpError):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
-_OPTIONS = (
+_TARGET_OPTIONS = (
     click.option("-t", "--tree", "pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The target."),
     click.option(
         "-D",
@@ -34,12 +34,6 @@ _OPTIONS = (
         metavar="DIR",
         show_default="the working directory",
         help="Where the images go; made if it does not exist, refused if it holds images.",
-    ),
-    click.option(
-        "--prev-images-dir",
-        "parent",
-        metavar="DIR",
-        help="The previous images dir, relative to DIR of -D: dump only what was written since.",
     ),
     click.option(
         "--tracker",
@@ -59,6 +53,16 @@ _OPTIONS = (
         show_default="a processor each, at most 4",
         help="Writers side by side.",
     ),
+)
+_DUMP_OPTIONS = (
+    *_TARGET_OPTIONS[:2],
+    click.option(
+        "--prev-images-dir",
+        "parent",
+        metavar="DIR",
+        help="The previous images dir, relative to DIR of -D: dump only what was written since.",
+    ),
+    *_TARGET_OPTIONS[2:],
     click.option(
         "--require-incremental", is_flag=True, help="Fail rather than dump everything in spite of --prev-images-dir."
     ),
@@ -115,8 +119,10 @@ def _all_of(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., An
     return decorate
 
 
-dump_options = _all_of(_OPTIONS)
-"""The options of all dumps, for a click command."""
+target_options = _all_of(_TARGET_OPTIONS)
+"""What to dump, where to, and how, for a click command."""
+dump_options = _all_of(_DUMP_OPTIONS)
+"""The options of all single dumps, for a click command."""
 page_server_options = _all_of(_PAGE_SERVER_OPTIONS)
 """The options of a command whose pages may go to a page server."""
 

@@ -25,7 +25,7 @@ from incdump.errors import IncdumpError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = ("predump", "dump", "checkpoint", "restore", "check", "untrack", "page-server", "doctor")
+COMMANDS = ("predump", "dump", "checkpoint", "restore", "precopy", "check", "untrack", "page-server", "doctor")
 ALIASES = {"pre-dump": "predump"}
 """CRIU's name for it."""
 

@@ -117,7 +117,7 @@ def check_target(pid: int) -> Task:
     _check_suitable(pid, stat)
     _check_access(pid)
     tracer = int(status.get(b"TracerPid", b"0"))
-    if tracer:
+    if tracer and not os.path.exists(f"/proc/self/task/{tracer}"):  # by ourselves it may be: we know what we do
         raise AlreadyTraced(f"process {pid} is traced by process {tracer}: detach that first", pid=pid)
     return task
 
