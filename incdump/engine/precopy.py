@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import numpy as np
 
-from incdump.engine.dump import dump, predump
+from incdump.engine.dump import DumpRun, dump
 from incdump.engine.pipeline import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
+from incdump.holder.client import HolderKeeper
 from incdump.images.images_dir import ImagesDir
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
@@ -33,8 +34,10 @@ from incdump.tracking import soft_dirty
 
 if TYPE_CHECKING:
     import os
+    import threading
     from collections.abc import Callable, Sequence
 
+    from incdump.holder.client import Lease
     from incdump.model.precopy import Rule
     from incdump.model.stats import DumpResult
 
@@ -98,6 +101,18 @@ async def precopy(
         raise XferError("the rounds of precopy go to directories: use predump and dump with a page server")
     run = _Loop(pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round)
     return await run.run(criu, criu_options)
+
+
+class _Keeper(HolderKeeper):
+    """Traces a process only while it is not traced to be slowed down."""
+
+    def __init__(self, turn: threading.Lock) -> None:
+        super().__init__()
+        self._turn = turn
+
+    def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
+        with self._turn:
+            return super().acquire(pid, start_time, renew=renew)
 
 
 class _Loop:
@@ -173,7 +188,12 @@ class _Loop:
         started = time.monotonic() - self._began
         parent = f"../{number - 1}" if number > 1 else None
         options = replace(self._options, afterwards="running")
-        self._last = await predump(self._pid, self._path / str(number), parent=parent, options=options)
+        keeper = _Keeper(self._throttle.turn)
+        try:
+            run = DumpRun("pre-dump", self._pid, self._path / str(number), parent, options, keeper)
+            self._last = await run.run()
+        finally:
+            keeper.close()
         self._note(self._last)
         self._result.rounds.append(PrecopyRound.of(number, started, self._last.stats, self._throttle.part))
 

@@ -7,6 +7,7 @@ is left that would have to be undone. A quota of a cgroup would stay.
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class Throttle:
     """Slows a tree down. An async context manager: leaving it lets the tree go.
 
     :ivar problem: why it no longer works, or None.
+    :ivar turn: held while the tree is stopped. Whoever has to trace it too takes it first, for as long as that takes.
     """
 
     def __init__(self, pid: int, *, timeout: float) -> None:
@@ -38,6 +40,7 @@ class Throttle:
         self._step = 0
         self._changed = asyncio.Event()
         self.problem: IncdumpError | None = None
+        self.turn = threading.Lock()
 
     @property
     def part(self) -> float:
@@ -70,12 +73,19 @@ class Throttle:
             await self._changed.wait()
         try:
             while True:
-                await self._freezer.freeze(self._pid)
-                try:
-                    await anyio.sleep(self.part * _PERIOD)
-                finally:
-                    with anyio.CancelScope(shield=True):
-                        await self._freezer.thaw()
+                if self.turn.acquire(blocking=False):
+                    try:
+                        await self._stop_for(self.part * _PERIOD)
+                    finally:
+                        self.turn.release()
                 await anyio.sleep((1 - self.part) * _PERIOD)
         except IncdumpError as error:  # it has exited, or somebody else traces it: the next round tells
             self.problem = error
+
+    async def _stop_for(self, seconds: float) -> None:
+        await self._freezer.freeze(self._pid)
+        try:
+            await anyio.sleep(seconds)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._freezer.thaw()
