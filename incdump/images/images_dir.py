@@ -166,17 +166,7 @@ class ImagesDir:
 
         :raises BadImage: it is no JSON object.
         """
-        path = self.path / SIDECAR
-        data = read_file(path)
-        if data is None:
-            return None
-        try:
-            meta = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise BadImage(f"{path} is damaged: {error}", path=path) from error
-        if not isinstance(meta, dict):
-            raise BadImage(f"{path} is damaged: it is no JSON object", path=path)
-        return meta
+        return read_meta(self.path)
 
     def page_server(self) -> str | None:
         """Where the pages of these images were sent, for people; None if they are here.
@@ -348,3 +338,18 @@ def _identify(path: Path) -> tuple[int, int]:
     """The device and inode of a directory."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
+
+
+def read_meta(directory: Path) -> dict[str, Any] | None:
+    """The contents of a directory's incdump.json, finished or not; see `ImagesDir.meta`."""
+    path = directory / SIDECAR
+    data = read_file(path)
+    if data is None:
+        return None
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadImage(f"{path} is damaged: {error}", path=path) from error
+    if not isinstance(meta, dict):
+        raise BadImage(f"{path} is damaged: it is no JSON object", path=path)
+    return meta

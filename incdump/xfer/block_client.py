@@ -54,6 +54,8 @@ BUFFERS = 4
 """Of each channel: as many may be on their way. With 1 MiB each, 100 MiB/s and more up to 40 ms of round trip."""
 ZEROS = 8
 """Pages of zeros in a row for which a message of their own is worth while."""
+REASON_SECONDS = 1.0
+"""For which a channel that broke waits for the server's reason, on the first one."""
 _WORDS = PAGE_SIZE // 8
 
 
@@ -157,6 +159,7 @@ class Channel:
         buffer = self._current
         assert buffer is not None
         self._current = None
+        self._out.append(buffer)  # also when it does not get through: `close` has to know it
         pieces = zero_runs(buffer.array[:nbytes])
         sent = 0
         coding = self.choice.coding
@@ -170,7 +173,6 @@ class Channel:
             else:
                 self._send_raw(buffer, number, at, start, end, flags)
                 sent += end - start
-        self._out.append(buffer)
         self.choice.note(nbytes, sent, time.perf_counter() - self._wanted_at)
 
     def _send_packed(self, buffer: _Buffer, number: int, at: int, start: int, end: int, flags: int) -> int:
@@ -231,8 +233,11 @@ class Channel:
             if answer == FAILED:
                 raise self._refused()
             if answer != DONE or not self._out:
-                raise ProtocolError(f"the page server at {self._server} answers what cannot be")
+                raise self._nonsense()
             self._free.append(self._out.popleft())
+
+    def _nonsense(self) -> ProtocolError:
+        return ProtocolError(f"the page server at {self._server} answers what cannot be")
 
     def _refused(self) -> XferError:
         (size,) = LENGTH.unpack(self.receive_all(LENGTH.size))
@@ -244,8 +249,11 @@ class Channel:
 
         :raises XferError: the server refuses.
         """
-        if self.receive(1)[0] == FAILED:
+        answer = self.receive(1)[0]
+        if answer == FAILED:
             raise self._refused()
+        if answer != DONE:
+            raise self._nonsense()
 
     def receive_all(self, size: int) -> bytes:
         """So many bytes."""
@@ -329,7 +337,7 @@ class BlockClient:
                 self._channels.append(other)
                 other.send_all(JOIN + token)
             self._channels[0].choice = CodingChoice(compress, agreed=agreed)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             self.close()
             raise ProtocolError(f"the page server at {server} offers terms that make no sense") from error
         except BaseException:
@@ -370,11 +378,16 @@ class BlockClient:
     def _reason(self) -> XferError | None:
         """What the server said on the first channel before it hung up, as far as that can be seen."""
         connection = self._channels[0].connection
+        deadline = time.monotonic() + REASON_SECONDS
         with suppress(OSError, ValueError):
-            data = connection.recv(MOST_TEXT + LENGTH.size + MOST_BEHIND, socket.MSG_PEEK).lstrip(bytes([DONE]))
-            if data[:1] == bytes([FAILED]):
-                text = data[1 + LENGTH.size :].decode(errors="replace")
-                return XferError(f"the page server at {self.server} refuses: {text}")
+            while data := connection.recv(MOST_TEXT + LENGTH.size + MOST_BEHIND, socket.MSG_PEEK):
+                reason = data.lstrip(bytes([DONE]))  # answers that nobody has taken yet come before it
+                if reason[:1] == bytes([FAILED]):
+                    text = reason[1 + LENGTH.size :].decode(errors="replace")
+                    return XferError(f"the page server at {self.server} refuses: {text}")
+                if reason or time.monotonic() > deadline:
+                    break
+                time.sleep(REASON_SECONDS / 100)
         return None
 
     def lay_out(self, number: int, size: int) -> None:

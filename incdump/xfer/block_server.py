@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -42,7 +43,7 @@ from incdump.xfer.blocks import (
     decode_terms,
     encode_terms,
 )
-from incdump.xfer.sockets import SILENT, broken, hang_up, shut_down
+from incdump.xfer.sockets import SILENT, broken, hang_up, shut_down, silence
 from incdump.xfer.splicing import Splicer, receive
 from incdump.xfer.wire import encode_answer
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from incdump.xfer.stored import StoredImages
 
 _JOIN_SECONDS = 30.0
+_LOOK_SECONDS = 0.1
 _FAREWELL_SECONDS = 2.0
 
 
@@ -87,6 +89,31 @@ class Joins:
             return found is not None
 
 
+class _Activity:
+    """What a client does, on whichever channel: one that has nothing to do is silent while others are at work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._messages = 0  # that are being received, or done
+        self._last = time.monotonic()
+
+    def begin(self) -> None:
+        """A message has begun."""
+        with self._lock:
+            self._messages += 1
+
+    def end(self) -> None:
+        """It is done."""
+        with self._lock:
+            self._messages -= 1
+            self._last = time.monotonic()
+
+    def was_within(self, seconds: float | None) -> bool:
+        """Whether something was being done in the last so many seconds."""
+        with self._lock:
+            return seconds is None or self._messages > 0 or time.monotonic() - self._last < seconds
+
+
 class BlockSession:
     """A client's session. Blocks; to end it from outside, hang up the connection."""
 
@@ -102,6 +129,7 @@ class BlockSession:
         self._images = images
         self._joins = joins
         self._timeout = timeout
+        self._activity = _Activity()
         self._lock = threading.Lock()
         self._error: BaseException | None = None
         self._others: list[tuple[_Channel, threading.Thread]] = []
@@ -113,18 +141,19 @@ class BlockSession:
         :raises incdump.errors.XferError: the client has gone, is silent, or says what cannot be.
         :raises incdump.errors.ImagesError: what comes cannot be written.
         """
-        first = _Channel(self._connection, self._images, self._timeout)
+        first = _Channel(self._connection, self._images, self._timeout, self._activity)
         try:
             first.send(encode_answer(SPEAKS))
             self._agree(first)
-            first.serve(self._control)
+            if not first.serve(self._control):
+                raise ConnectionLost("the client went before it had said that it was through")
             self._end_others(wait=True)
             if self._error is not None:
                 raise self._error
             received = self._images.finish()
         except BaseException as error:
+            cause = self._error or error  # not what ending the others has them say
             self._end_others(wait=False)
-            cause = self._error or error
             _tell(self._connection, cause)
             if cause is error:
                 raise
@@ -150,18 +179,26 @@ class BlockSession:
         try:
             terms = {"version": VERSION, "channels": channels, "compression": both, "parent": stands_on}
             first.send(encode_terms({**terms, "token": token.hex()}))
-            deadline = time.monotonic() + _JOIN_SECONDS
+            deadline = time.monotonic() + self._patience
             for _ in range(channels - 1):
-                try:
-                    connection = expected.get(timeout=max(0.0, deadline - time.monotonic()))
-                except queue.Empty:
-                    raise ConnectionLost(f"the client did not open all channels within {_JOIN_SECONDS:g} s") from None
-                self._add(connection)
+                self._add(self._next_join(expected, deadline))
         finally:
             self._joins.forget(token)
 
+    @property
+    def _patience(self) -> float:
+        return _JOIN_SECONDS if self._timeout is None else min(_JOIN_SECONDS, self._timeout)
+
+    def _next_join(self, expected: queue.SimpleQueue[socket.socket], deadline: float) -> socket.socket:
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                return expected.get(timeout=min(left, _LOOK_SECONDS))
+            if _is_over(self._connection):
+                raise ConnectionLost("the client went before it had opened all channels")
+        raise ConnectionLost(f"the client did not open all channels within {self._patience:g} s")
+
     def _add(self, connection: socket.socket) -> None:
-        channel = _Channel(connection, self._images, self._timeout)
+        channel = _Channel(connection, self._images, self._timeout, self._activity)
         thread = threading.Thread(target=self._serve, args=(channel,), name="page-server channel")
         self._others.append((channel, thread))
         thread.start()
@@ -187,6 +224,7 @@ class BlockSession:
             if thread.is_alive():
                 hang_up(channel.connection)
                 thread.join()
+                self._error = self._error or ConnectionLost("the client did not close all channels when it was through")
             channel.close()
             channel.connection.close()
         self._others.clear()
@@ -211,44 +249,60 @@ class BlockSession:
 class _Channel:
     """One connection's messages."""
 
-    def __init__(self, connection: socket.socket, images: StoredImages, timeout: float | None) -> None:
+    def __init__(
+        self, connection: socket.socket, images: StoredImages, timeout: float | None, activity: _Activity
+    ) -> None:
         self.connection = connection
         self._images = images
         self._timeout = timeout
+        self._activity = activity
         self._header = bytearray(HEADER)
         self._buffer = memoryview(bytearray(MOST_BEHIND))
         self._splicer = Splicer(connection, timeout)
 
-    def serve(self, other: Callable[[Header, memoryview], None]) -> None:
+    def serve(self, other: Callable[[Header, memoryview], None]) -> bool:
         """Do what comes, until FINISH or, between two messages, the end of the connection.
 
         :param other: does what is no block.
+        :returns: whether it was FINISH.
         """
-        while self._next_header():
-            header = Header.decode(self._header)
-            if header.op is Op.FINISH:
-                return
-            if header.op is Op.BLOCK:
-                self._images.claim(header.length)
-                with self._images.pages(header.number) as (fd, path):
-                    self._block(header, fd, path)
-            else:
-                other(header, self.take(header.behind))
-            if header.flags & ANSWER:
-                self.send(bytes([DONE]))
+        while got := self._wait():
+            self._activity.begin()
+            try:
+                header = self._rest_of_header(got)
+                if header.op is Op.FINISH:
+                    return True
+                self._do(header, other)
+            finally:
+                self._activity.end()
+        return False
 
-    def _next_header(self) -> bool:
+    def _do(self, header: Header, other: Callable[[Header, memoryview], None]) -> None:
+        if header.op is Op.BLOCK:
+            self._images.claim(header.length)
+            with self._images.pages(header.number, header.length) as (fd, path):
+                self._block(header, fd, path)
+        else:
+            other(header, self.take(header.behind))
+        if header.flags & ANSWER:
+            self.send(bytes([DONE]))
+
+    def _wait(self) -> int:
+        """Wait for a message; returns how much of its header is there, 0 at the end of the connection."""
+        while True:
+            try:
+                return self.connection.recv_into(self._header)
+            except BlockingIOError:
+                if not self._activity.was_within(self._timeout):
+                    raise silence(self._timeout) from None
+            except OSError as error:
+                raise broken(error) from None
+
+    def _rest_of_header(self, got: int) -> Header:
         view = memoryview(self._header)
-        try:
-            got = self.connection.recv_into(view)
-        except OSError:
-            got = -1
-        if got == 0:
-            return False
-        got = max(got, 0)
         while got < HEADER:
             got += receive(self.connection.recv_into, self._timeout, view[got:])
-        return True
+        return Header.decode(self._header)
 
     def _block(self, header: Header, fd: int, path: str) -> None:
         offset, left = header.offset, header.length
@@ -293,7 +347,8 @@ class _Channel:
 
 def _make_zeros(fd: int, offset: int, length: int) -> None:
     """Have a range of a file be zeros, also if something was written there before."""
-    if offset >= os.fstat(fd).st_size:
+    length = min(length, os.fstat(fd).st_size - offset)
+    if length <= 0:
         return
     try:
         punch_hole(fd, offset, length)
@@ -305,15 +360,22 @@ def _make_zeros(fd: int, offset: int, length: int) -> None:
             length -= written
 
 
+def _is_over(connection: socket.socket) -> bool:
+    """Whether the client has closed a connection, or it was hung up here."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
 def _tell(connection: socket.socket, error: BaseException) -> None:
     """Tell the client why its session ends, if it still listens. Never fails."""
     if isinstance(error, ConnectionLost):
         return
     text = (str(error) if isinstance(error, IncdumpError) else "internal error").encode()[: MOST_TEXT - 1]
     with suppress(OSError, XferError):
+        connection.settimeout(_FAREWELL_SECONDS)
         connection.sendall(bytes([FAILED]) + LENGTH.pack(len(text)) + text)
         shut_down(connection, socket.SHUT_WR)
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        connection.settimeout(_FAREWELL_SECONDS)
         while time.monotonic() < deadline and connection.recv(MOST_BEHIND):
             pass  # closed with something unread, the connection would be reset, and the text lost

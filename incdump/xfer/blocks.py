@@ -13,10 +13,11 @@ channel has messages of a header and what it says is behind it::
 
     BLOCK    pages, to any place of any pages image; in any order, on any channel, the same place again if need be
     LAYOUT   how long a pages image is going to be, about
-    SIZE     how long it is; behind it gaps, to be taken out and closed up. With `LAST` it is complete then
+    SIZE     how long it is, no longer than all its blocks together; behind it gaps, to be taken out and closed up. With
+             `LAST` it is complete then
     DROP     a pages image is not needed after all
     FILE     a part of any other image, by name; the parts in order, the last one with `LAST`
-    FINISH   that was all; the answer is DONE
+    FINISH   that was all; the answer is DONE. What ends without it is broken, and dropped
 
 A message with the flag `ANSWER` is answered with a byte when all that came before it on that channel is in the images;
 `FAILED` is that byte, with a length and a text behind it, when something went wrong, whatever it was.
@@ -167,7 +168,7 @@ def decode_terms(text: bytes) -> dict[str, Any]:
     """
     try:
         terms = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         terms = None
     if not isinstance(terms, dict) or terms.get("version") != VERSION:
         raise ProtocolError("the other end speaks another version of incdump's protocol")

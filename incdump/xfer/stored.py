@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import threading
@@ -21,7 +22,9 @@ import numpy as np
 from incdump._uapi.fallocate import fallocate
 from incdump.errors import ProtocolError, XferError
 from incdump.images.framing import raise_io_error, read_file
-from incdump.images.new_dir import INVENTORY
+from incdump.images.images_dir import read_meta
+from incdump.images.inventory import decode_inventory
+from incdump.images.new_dir import INVENTORY, SIDECAR
 from incdump.images.pagemap import decode_in_parts
 from incdump.model.runs import (
     PAGE_SHIFT,
@@ -37,7 +40,7 @@ from incdump.model.runs import (
 )
 from incdump.xfer.blocks import MOST_NAMES
 from incdump.xfer.local import close_gaps, cut_off
-from incdump.xfer.received import Received, give_back
+from incdump.xfer.received import MOST_RUNS, Received, give_back
 from incdump.xfer.wire import Image
 
 if TYPE_CHECKING:
@@ -47,8 +50,10 @@ if TYPE_CHECKING:
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Runs
 
-_PAGEMAP = re.compile(r"(pagemap|pagemap-shmem)-(\d+)\.img")
+_PAGEMAP = re.compile(r"(pagemap|pagemap-shmem)-([1-9]\d{0,18})\.img")
 _MOST_INVENTORY = 1 << 20
+_MOST_SIDECAR = 64 << 20
+_MOST_PAGEMAP = 32 * MOST_RUNS
 _GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
 
 
@@ -56,6 +61,7 @@ class _PagesImage:
     def __init__(self, fd: int, path: str) -> None:
         self.fd, self.path = fd, path
         self.users = 0  # channels that write to it just now
+        self.came = 0  # bytes, what came twice twice
 
 
 class StoredImages:
@@ -75,12 +81,14 @@ class StoredImages:
         self._images = images
         self._parent = parent
         self._left = max_bytes
+        self._reservable = max_bytes
         self._lock = threading.Lock()
         self._pages: dict[int, _PagesImage] = {}
         self._sizes: dict[int, int] = {}  # pages of those that are complete
         self._files: dict[str, int] = {}  # descriptors of those that are not complete
         self._names: set[str] = set()
         self._inventory: bytearray | None = None
+        self._has_inventory = False  # all of it
         self._pagemaps: dict[Image, str] = {}
 
     def stands_on(self, generation: str | None) -> bool:
@@ -100,9 +108,10 @@ class StoredImages:
                     raise XferError("the client sends more than --max-bytes allows: its session is dropped")
 
     @contextmanager
-    def pages(self, number: int) -> Iterator[tuple[int, str]]:
+    def pages(self, number: int, size: int = 0) -> Iterator[tuple[int, str]]:
         """A pages image to write blocks to: its descriptor and path.
 
+        :param size: bytes that come.
         :raises ProtocolError: it was complete already.
         :raises ImagesError: it cannot be made.
         """
@@ -113,6 +122,7 @@ class StoredImages:
                 image = _PagesImage(self._images.open_pages(number), str(self._images.path / f"pages-{number}.img"))
                 self._pages[number] = image
             image.users += 1
+            image.came += size
         try:
             yield image.fd, image.path
         finally:
@@ -129,10 +139,16 @@ class StoredImages:
         """Have disk space reserved for a pages image; that it cannot be had is told of when the pages come."""
         with self.pages(number) as (fd, _):
             disk = os.fstatvfs(fd)
-            fits = size < disk.f_bavail * disk.f_frsize and (self._left is None or size <= self._left)
-            if size and fits:
+            if size and size < disk.f_bavail * disk.f_frsize and self._may_reserve(size):
                 with suppress(OSError):
                     fallocate(fd, size)
+
+    def _may_reserve(self, size: int) -> bool:
+        with self._lock:
+            fits = self._reservable is None or size <= self._reservable
+            if fits and self._reservable is not None:
+                self._reservable -= size
+            return fits
 
     def resize(self, number: int, size: int, gaps: Runs, *, is_last: bool) -> None:
         """Set how long a pages image is.
@@ -148,12 +164,15 @@ class StoredImages:
         if not (inside and apart) or (gaps & np.uint64((1 << PAGE_SHIFT) - 1)).any():
             raise ProtocolError(f"the client takes out of pages-{number}.img what cannot be")
         with self._taken(number) as image:
+            if size > image.came:  # not even as zeros
+                raise ProtocolError(f"the client makes pages-{number}.img longer than what it sent of it")
             if os.fstat(image.fd).st_size < size:  # it ends with zeros
                 cut_off(image.fd, size >> PAGE_SHIFT, image.path)
             pages = close_gaps(image.fd, gaps, size >> PAGE_SHIFT, image.path)
             cut_off(image.fd, pages, image.path)
-        if is_last:
-            self._end(number, pages)
+            if is_last:
+                self._sizes[number] = pages
+                self._close_pages(number)
 
     def drop(self, number: int) -> None:
         """A pages image is not needed after all.
@@ -162,45 +181,42 @@ class StoredImages:
         """
         with self._taken(number):
             self._images.remove(f"pages-{number}.img")
-        self._end(number, 0)
+            self._close_pages(number)
 
     @contextmanager
     def _taken(self, number: int) -> Iterator[_PagesImage]:
-        """A pages image that no channel writes to."""
+        """A pages image that no channel writes to, nor begins to meanwhile."""
         with self.pages(number), self._lock:
             image = self._pages[number]
             if image.users > 1:
                 raise ProtocolError(f"the client ends pages-{number}.img while it sends it")
             yield image
 
-    def _end(self, number: int, pages: int) -> None:
-        with self._lock:
-            image = self._pages[number]
-            if image.users:  # else its descriptor could be another file's by then
-                raise ProtocolError(f"the client ends pages-{number}.img while it sends it")
-            del self._pages[number]
-            self._sizes[number] = pages
+    def _close_pages(self, number: int) -> None:
+        image = self._pages.pop(number)
         _close(image.fd, image.path)
 
     def add_to_file(self, name: str, data: memoryview, *, is_last: bool) -> None:
         """A part of another image.
 
-        :raises ProtocolError: it was complete already, or there are too many.
+        :raises ProtocolError: there cannot be such a file, it was complete already, or there are too many.
         :raises ImagesError: it cannot be written.
         """
         self.claim(len(data))
         if name == INVENTORY:
-            self._inventory = (self._inventory or bytearray()) + data
-            if len(self._inventory) > _MOST_INVENTORY:
-                raise ProtocolError("the client sends an inventory that is larger than there can be")
+            self._add_to_inventory(data, is_last=is_last)
             return
         fd = self._files.get(name)
         if fd is None:
+            if name.startswith("pagemap") and not _PAGEMAP.fullmatch(name):
+                raise ProtocolError(f"the client sends {name}, which cannot be")
             if name in self._names or len(self._names) >= 16 * MOST_NAMES:
                 raise ProtocolError(f"the client sends {name} twice, or too many files")
             self._names.add(name)
             fd = self._files[name] = self._images.open_file(name)
         try:
+            if os.fstat(fd).st_size + len(data) > _most_bytes(name):
+                raise ProtocolError(f"the client sends more of {name} than there can be")
             while data:
                 data = data[os.write(fd, data) :]
         except OSError as error:
@@ -208,14 +224,24 @@ class StoredImages:
         if is_last:
             _close(self._files.pop(name), str(self._images.path / name))
 
+    def _add_to_inventory(self, data: memoryview, *, is_last: bool) -> None:
+        if self._has_inventory:
+            raise ProtocolError(f"the client sends {INVENTORY} twice")
+        if self._inventory is None:
+            self._inventory = bytearray()
+        if len(self._inventory) + len(data) > _MOST_INVENTORY:
+            raise ProtocolError("the client sends an inventory that is larger than there can be")
+        self._inventory += data
+        self._has_inventory = is_last
+
     def finish(self) -> Received:
         """Everything has come: prove it, and write what makes it complete.
 
         :returns: what has come.
         :raises ProtocolError: it makes no sense.
-        :raises ImagesError: a pagemap is damaged, or the disk is full.
+        :raises ImagesError: an image is damaged, or the disk is full.
         """
-        if self._files or self._pages:
+        if self._files or self._pages or (self._inventory is not None and not self._has_inventory):
             raise ProtocolError("the client is through before it has sent all of what it began")
         left = dict(self._sizes)
         for name in sorted(self._names):
@@ -223,7 +249,9 @@ class StoredImages:
                 self._check_pagemap(Image(_kind(match[1]), int(match[2])), name, left)
         if any(left.values()):
             raise ProtocolError("the client sends pages that are in no pagemap")
+        read_meta(self._images.path)  # the next session asks for it
         if self._inventory is not None:
+            decode_inventory(bytes(self._inventory), self._images.path / INVENTORY)
             self._images.finish(bytes(self._inventory))
         else:
             summary = {"version": 1, "images": self.received.images, "pages": self.received.pages}
@@ -274,6 +302,13 @@ class StoredImages:
         self._files.clear()
         self._pages.clear()
         self._images.discard()
+
+
+def _most_bytes(name: str) -> float:
+    """Of a file that is read as a whole."""
+    if name == SIDECAR:
+        return _MOST_SIDECAR
+    return _MOST_PAGEMAP if name.startswith("pagemap") else math.inf
 
 
 def _kind(text: str) -> Kind:
