@@ -2,6 +2,7 @@
 
 - `churn`, `rewriter`: factories of target processes (tests/targets/build.py); what they started is ended with the test.
 - `images_root`: a directory on disk, mode 0700, for images dirs.
+- `two_hosts`: network namespaces that a slow link joins (tests/hosts.py).
 - Every session has a few huge pages for its targets, and its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket
   is); it fails if a process that it started, directly or not, is left at the end.
 - ``INCDUMP_REQUIRE_ALL=1`` turns skipped tests into failures (tests/require_all.py).
@@ -20,10 +21,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.hosts import joined_hosts
 from tests.targets import build
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from tests.hosts import Host
 
 pytest_plugins = ("pytester", "tests.require_all")
 
@@ -109,6 +113,13 @@ def images_root() -> Iterator[Path]:
     """An empty directory on disk, mode 0700."""
     with tempfile.TemporaryDirectory(prefix="incdump-images-", dir="/var/tmp") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """`tests.hosts.joined_hosts`, gone with the test."""
+    with joined_hosts() as hosts:
+        yield hosts
 
 
 def _factory(start: Callable[..., build.Target]) -> Iterator[Callable[..., build.Target]]:

@@ -7,6 +7,7 @@ which pages the server has.
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TYPE_CHECKING
 
@@ -70,11 +71,12 @@ class Storing:
                 if number is not None:
                     self._send_pages(number, path)
                 else:
-                    self._client.send_file(name, path.read_bytes())
+                    with open(path, "rb", buffering=0) as file:
+                        self._client.send_file(name, file)
             except OSError as error:
                 raise_io_error(error, "read", path)
         for name, data in other.items():
-            self._client.send_file(name, data)
+            self._client.send_file(name, io.BytesIO(data))
         self._client.end()
 
     def _send_pages(self, number: int, path: Path) -> None:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -417,18 +417,22 @@ class BlockClient:
         self.flush()
         self._say(Header(Op.DROP, 0, 0, number))
 
-    def send_file(self, name: str, data: bytes | memoryview) -> None:
+    def send_file(self, name: str, file: BinaryIO) -> None:
         """Send any other image.
 
+        :param file: what is in it. It may be large, if CRIU wrote it: a deleted file, a tmpfs.
         :raises XferError: the server refuses.
+        :raises OSError: it cannot be read.
         """
-        encoded, rest = name.encode(), memoryview(data)
+        encoded = name.encode()
+        part = file.read(MOST_BEHIND // 2)
         while True:
-            part, rest = rest[: MOST_BEHIND // 2], rest[MOST_BEHIND // 2 :]
+            rest = file.read(MOST_BEHIND // 2)
             flags = 0 if rest else LAST
             self._say(Header(Op.FILE, flags, len(encoded) + len(part), len(encoded)), encoded + part)
             if not rest:
                 return
+            part = rest
 
     def end(self) -> None:
         """Say that this was all, and wait until the server has it.

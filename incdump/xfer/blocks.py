@@ -59,7 +59,7 @@ MOST_TEXT = 1 << 16
 """The most bytes of terms, or of what an error says."""
 _HEADER = struct.Struct("<HHIQQQ")
 HEADER = _HEADER.size
-_NAME = re.compile(r"[a-z][A-Za-z0-9_-]{0,80}\.img|stats-dump|incdump\.json|incdump-hashes-[a-z0-9-]{1,40}")
+_NAME = re.compile(r"[a-z][A-Za-z0-9_-]{0,80}(\.tar\.gz)?\.img|stats-dump|incdump\.json|incdump-hashes-[a-z0-9-]{1,40}")
 _PAGES_NAME = re.compile(r"pages-(\d+)\.img")
 
 
