@@ -292,7 +292,7 @@ class _Channel:
         while True:
             try:
                 return self.connection.recv_into(self._header)
-            except BlockingIOError:
+            except SILENT:
                 if not self._activity.was_within(self._timeout):
                     raise silence(self._timeout) from None
             except OSError as error:
