@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import random
@@ -1003,11 +1004,11 @@ def test_what_the_client_sends_from_several_threads_is_there(tmp_path: Path, com
         put(client, 2, 0, data[:PAGE])
         client.drop(2)
         entries = np.array([[BASE, len(data) // PAGE - 6, PRESENT]], np.uint64)
-        client.send_file("pagemap-42.img", encode_pagemap(1, entries))
-        client.send_file("mm-42.img", data[: 2 * MIB + 5])
-        client.send_file("incdump.json", b"{}")
-        client.send_file("core-42.img", b"")
-        client.send_file("inventory.img", INVENTORY)
+        client.send_file("pagemap-42.img", io.BytesIO(encode_pagemap(1, entries)))
+        client.send_file("mm-42.img", io.BytesIO(data[: 2 * MIB + 5]))
+        client.send_file("incdump.json", io.BytesIO(b"{}"))
+        client.send_file("core-42.img", io.BytesIO(b""))
+        client.send_file("inventory.img", io.BytesIO(INVENTORY))
         client.end()
     assert server.outcome() == Received(images=1, pages=len(data) // PAGE - 6)
     assert pages(tmp_path / "1") == data[PAGE : 4 * PAGE] + data[9 * PAGE :]
@@ -1024,7 +1025,7 @@ def test_gaps_that_do_not_fit_into_a_message_go_in_several(tmp_path: Path, monke
         gaps = np.array([[page * PAGE, (page + 1) * PAGE] for page in range(0, 40, 2)], np.uint64)
         client.complete(1, 40 * PAGE, gaps)
         monkeypatch.undo()
-        client.send_file("pagemap-42.img", encode_pagemap(1, np.array([[BASE, 20, PRESENT]], np.uint64)))
+        client.send_file("pagemap-42.img", io.BytesIO(encode_pagemap(1, np.array([[BASE, 20, PRESENT]], np.uint64))))
         client.end()
     server.outcome()
     assert pages(tmp_path / "1") == b"".join(data[page * PAGE :][:PAGE] for page in range(1, 40, 2))
