@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump._uapi.fallocate import fallocate, punch_hole
+from incdump._uapi.fallocate import punch_hole
 from incdump.errors import ImagesError, ProtocolError, XferError
 from incdump.images.framing import raise_io_error, read_file
 from incdump.images.page_reads import cut
@@ -36,7 +36,6 @@ from incdump.model.runs import (
     first_uncovered,
     present_entries,
 )
-from incdump.xfer.local import cut_off
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,8 +54,6 @@ MOST_IMAGES = 1 << 16
 MOST_RUNS = 1 << 24
 """Runs of one image: its pagemap is read as a whole when the next session stands on it."""
 _HIGHEST_PID = 1 << 31
-_WORTH_LAYING_OUT = 64 << 10  # bytes of one run
-_LEAST_AHEAD, _MOST_AHEAD = 16 << 20, 256 << 20  # bytes
 _MOST_PAGES = 1 << 63 - PAGE_SHIFT
 _GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
 
@@ -91,8 +88,6 @@ class _Open:
         self.runs = 0  # written to the pagemap
         self.pages = 0.0  # of these
         self.reach = 0  # where the last of them ended
-        self.announced = 0  # bytes of pages, written to the pagemap or not
-        self.laid_out = 0  # of the pages image, bytes
         self.pagemap_fd = -1
         self.pages_fd = images.open_pages(pages_id)
         try:
@@ -102,32 +97,6 @@ class _Open:
             with suppress(ImagesError):
                 self.close()
             raise
-
-    def lay_out(self, size: int, most: float) -> None:
-        """Have disk space reserved for pages that come, ahead of them: nobody says how many there will be.
-
-        :param size: bytes that come now.
-        :param most: bytes that may come.
-        """
-        self.announced += size
-        if self.announced <= self.laid_out or size < _WORTH_LAYING_OUT:
-            return
-        try:
-            disk = os.fstatvfs(self.pages_fd)
-            ahead = max(_LEAST_AHEAD, min(self.announced, _MOST_AHEAD))
-            if self.announced + ahead <= min(most, disk.f_bavail * disk.f_frsize / 2):
-                fallocate(self.pages_fd, self.announced + ahead)
-            self.laid_out = self.announced + ahead  # or never: then the disk is told of as it fills
-        except OSError:
-            self.laid_out = _MOST_PAGES << PAGE_SHIFT
-
-    def end_pages(self) -> None:
-        """All pages have come: cut off what was reserved for more.
-
-        :raises ImagesError: it cannot be.
-        """
-        if self.laid_out:
-            cut_off(self.pages_fd, self.announced >> PAGE_SHIFT, os.fspath(self.pages_path))
 
     def close(self) -> None:
         """Close both files.
@@ -225,8 +194,6 @@ class ReceivedImages:
             self._left -= message.nr_pages * PAGE_SIZE
             if self._left < 0:
                 raise XferError("the client sends more than --max-bytes allows: its session is dropped")
-        if message.flags & PE_PRESENT:
-            self._open.lay_out(message.nr_pages * PAGE_SIZE, float("inf") if self._left is None else self._left)
         rows = self._open.rows
         rows.extend((message.vaddr, message.nr_pages, message.flags))
         if len(rows) >= 3 * RUNS_AT_ONCE:
@@ -266,7 +233,6 @@ class ReceivedImages:
         if self._open is None:
             return
         self._write_rows(self._open)
-        self._open.end_pages()
         self._done[self._open.image] = self._open.name
         self._close()
 
