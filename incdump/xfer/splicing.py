@@ -7,7 +7,6 @@ import fcntl
 import os
 import select
 import socket
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -36,18 +35,14 @@ class Splicer:
         self.works = is_plain(connection)
         self._connection = connection
         self._timeout = timeout
-        self._pipe: list[int] = []  # its reading and its writing end
-        self._writer: ThreadPoolExecutor | None = None
-        self._writing: Future[None] | None = None  # the last of what the writer was given
-        self._failed: OSError | None = None
-        self._path = ""
+        self._pipe: tuple[int, int] | None = None  # its reading and its writing end
 
-    def move(self, size: int, fd: int, path: str, offset: int) -> None:
-        """Move bytes that are to come to a place in a file. Blocks.
+    def move(self, size: int, fd: int, path: str, offset: int | None = None) -> None:
+        """Move bytes that are to come. Blocks.
 
         :param fd: of the file.
         :param path: of the file, for messages.
-        :param offset: where to, bytes.
+        :param offset: where to, bytes; None: to the file's own position.
         :raises ConnectionLost: the client has gone, or is silent.
         :raises incdump.errors.ImagesIOError: the file cannot be written.
         """
@@ -57,65 +52,16 @@ class Splicer:
                 there = self._fill_pipe(size)
                 size -= there
                 self._empty_pipe(there, fd, offset)
-                offset += there
+                offset = None if offset is None else offset + there
         except OSError as error:
             raise_io_error(error, "write", path)
         finally:
-            self._wait_for_any()
-
-    def move_on(self, size: int, fd: int, path: str) -> None:
-        """Move bytes that are to come to the end of a file. Blocks until they have come.
-
-        Another thread writes them, beside what comes next; `flush` waits for it.
-
-        Each thread closes the pipe's other end when it fails. Errors are those of `move`.
-        """
-        self._pipe = self._pipe or _make_pipe()
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, "page-server writer")
-        self._path = path
-        self._writing = self._writer.submit(self._write_out, size, fd)
-        try:
-            while size:
-                size -= self._fill_pipe(size)
-        except BrokenPipeError:
-            self.flush()
-        except BaseException:
-            self._close_end(1)
-            raise
-        finally:
-            self._wait_for_any()
-
-    def flush(self) -> None:
-        """Wait until all that has come is written.
-
-        :raises incdump.errors.ImagesIOError: the file cannot be written.
-        """
-        writing, self._writing = self._writing, None
-        if writing is None:
-            return
-        try:
-            writing.result()
-        except OSError as error:
-            raise_io_error(error, "write", self._path)
-
-    def _write_out(self, size: int, fd: int) -> None:
-        if self._failed is not None:
-            raise self._failed
-        try:
-            self._empty_pipe(size, fd, None)
-        except OSError as error:
-            self._failed = error
-            self._close_end(0)
-            raise
-
-    def _wait_for_any(self) -> None:
-        """Have the kernel tell of every byte that comes."""
-        with suppress(OSError):
-            self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            with suppress(OSError):
+                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def _fill_pipe(self, size: int) -> int:
         """Take what has come, up to so many bytes, into the pipe."""
+        assert self._pipe is not None
         self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(size, _WORTH_WAITING_FOR))
         poll = select.poll()  # until so many bytes are there, or as many as the kernel takes before they are fetched
         poll.register(self._connection, select.POLLIN)
@@ -124,7 +70,8 @@ class Splicer:
         return receive(os.splice, self._timeout, self._connection.fileno(), self._pipe[1], min(size, _PIPE))
 
     def _empty_pipe(self, size: int, fd: int, offset: int | None) -> None:
-        """Write what comes through the pipe."""
+        """Write what is in the pipe."""
+        assert self._pipe is not None
         reader = self._pipe[0]
         while size and self.works:
             try:
@@ -134,31 +81,21 @@ class Splicer:
                     raise
                 self.works = False
             else:
-                if not moved:
-                    return  # whoever fills it has failed
                 size -= moved
                 offset = None if offset is None else offset + moved
-        while size and (data := os.read(reader, min(size, _PIPE))):
+        while size:
+            data = os.read(reader, min(size, _PIPE))
             size -= len(data)
             while data:
                 written = os.write(fd, data) if offset is None else os.pwrite(fd, data, offset)
                 data = data[written:]
                 offset = None if offset is None else offset + written
 
-    def _close_end(self, which: int) -> None:
-        fd, self._pipe[which] = self._pipe[which], -1
-        os.close(fd)
-
     def close(self) -> None:
-        """Close the pipe; what is in it and not written is lost."""
-        if self._pipe and self._pipe[1] >= 0:
-            self._close_end(1)
-        if self._writer is not None:
-            self._writer.shutdown()
-        pipe, self._pipe = self._pipe, []
-        for fd in pipe:
-            if fd >= 0:
-                os.close(fd)
+        """Close the pipe."""
+        pipe, self._pipe = self._pipe, None
+        for fd in pipe or ():
+            os.close(fd)
 
 
 def receive(call: Callable[..., int], timeout: float | None, *arguments: object) -> int:
@@ -168,8 +105,6 @@ def receive(call: Callable[..., int], timeout: float | None, *arguments: object)
     """
     try:
         got = call(*arguments)
-    except BrokenPipeError:
-        raise
     except SILENT:
         raise silence(timeout) from None
     except OSError as error:
@@ -179,9 +114,9 @@ def receive(call: Callable[..., int], timeout: float | None, *arguments: object)
     return got
 
 
-def _make_pipe() -> list[int]:
+def _make_pipe() -> tuple[int, int]:
     """A pipe that holds as much as the kernel allows, up to a MiB."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
     with suppress(OSError):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE)
-    return [reader, writer]
+    return reader, writer
