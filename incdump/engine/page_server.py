@@ -31,7 +31,7 @@ from incdump.xfer.blocks import JOIN, OFFER, TOKEN
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
 from incdump.xfer.sockets import broken, hang_up, limit_calls, why
-from incdump.xfer.splicing import receive
+from incdump.xfer.splicing import receive_all
 from incdump.xfer.stored import StoredImages
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ class _Client:
     def _take(self, size: int, timeout: float | None) -> bytes:
         assert self.connection is not None
         data = bytearray(size)
-        got = 0
-        while got < size:
-            got += receive(self.connection.recv_into, timeout, memoryview(data)[got:])
+        receive_all(self.connection, timeout, memoryview(data))
         return bytes(data)
 
     def hang_up(self) -> None:

@@ -357,15 +357,17 @@ class BlockClient:
         return decode_terms(first.receive_all(size))
 
     @contextmanager
-    def channel(self) -> Iterator[Channel]:
-        """A channel that nobody else uses; waits for one.
+    def channel(self, which: Channel | None = None) -> Iterator[Channel]:
+        """A channel that nobody else uses; waits for it.
 
+        :param which: this one; None: any.
         :raises XferError: with the server's own reason, where it gave one.
         """
         with self._condition:
-            while not self._idle:
+            while not self._idle or (which is not None and which not in self._idle):
                 self._condition.wait()
-            channel = self._idle.pop()
+            channel = which or self._idle[-1]
+            self._idle.remove(channel)
         try:
             yield channel
         except ConnectionLost as error:
@@ -373,7 +375,7 @@ class BlockClient:
         finally:
             with self._condition:
                 self._idle.append(channel)
-                self._condition.notify()
+                self._condition.notify_all()
 
     def _reason(self) -> XferError | None:
         """What the server said on the first channel before it hung up, as far as that can be seen."""
@@ -443,41 +445,22 @@ class BlockClient:
         for other in self._channels[1:]:
             with suppress(OSError):
                 shut_down(other.connection, socket.SHUT_WR)
-        with self._first() as first:
+        with self.channel(self._channels[0]) as first:
             first.send_all(Header(Op.FINISH).encode())
             first.receive_answer()
 
     def _say(self, header: Header, behind: bytes = b"") -> None:
-        with self._first() as first:
+        with self.channel(self._channels[0]) as first:
             first.send_all(header.encode() + behind)
-
-    @contextmanager
-    def _first(self) -> Iterator[Channel]:
-        """The first channel, with nobody else using it."""
-        first = self._channels[0]
-        with self._condition:
-            while first not in self._idle:
-                self._condition.wait()
-            self._idle.remove(first)
-        try:
-            yield first
-        except ConnectionLost as error:
-            raise self._reason() or error from None
-        finally:
-            with self._condition:
-                self._idle.append(first)
-                self._condition.notify_all()
 
     def flush(self) -> None:
         """Wait until the server has every block. No writer may be at work.
 
         :raises XferError: it does not say so.
         """
-        for channel in self._channels:
-            try:
+        for each in self._channels:
+            with self.channel(each) as channel:
                 channel.flush()
-            except ConnectionLost as error:
-                raise self._reason() or error from None
 
     def break_off(self) -> None:
         """End all connections, and whatever waits for them. Never blocks, never fails."""

@@ -44,7 +44,7 @@ from incdump.xfer.blocks import (
     encode_terms,
 )
 from incdump.xfer.sockets import SILENT, broken, hang_up, shut_down, silence
-from incdump.xfer.splicing import Splicer, receive
+from incdump.xfer.splicing import Splicer, receive_all
 from incdump.xfer.wire import encode_answer
 
 if TYPE_CHECKING:
@@ -299,9 +299,7 @@ class _Channel:
                 raise broken(error) from None
 
     def _rest_of_header(self, got: int) -> Header:
-        view = memoryview(self._header)
-        while got < HEADER:
-            got += receive(self.connection.recv_into, self._timeout, view[got:])
+        receive_all(self.connection, self._timeout, memoryview(self._header)[got:])
         return Header.decode(self._header)
 
     def _block(self, header: Header, fd: int, path: str) -> None:
@@ -326,9 +324,7 @@ class _Channel:
 
     def take(self, size: int) -> memoryview:
         """Bytes that are to come; good until the next call."""
-        got = 0
-        while got < size:
-            got += receive(self.connection.recv_into, self._timeout, self._buffer[got:size])
+        receive_all(self.connection, self._timeout, self._buffer[:size])
         return self._buffer[:size]
 
     def send(self, data: bytes) -> None:

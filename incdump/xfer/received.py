@@ -55,7 +55,7 @@ MOST_RUNS = 1 << 24
 """Runs of one image: its pagemap is read as a whole when the next session stands on it."""
 _HIGHEST_PID = 1 << 31
 _MOST_PAGES = 1 << 63 - PAGE_SHIFT
-_GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
+GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
 
 
 @dataclass(slots=True)
@@ -72,6 +72,10 @@ class Received:
     pages: int = 0
     holes: int = 0
     punched: int = 0
+
+    def summary(self) -> bytes:
+        """What incdump-received.json says."""
+        return json.dumps({"version": 1, "images": self.images, "pages": self.pages}).encode()
 
 
 class _Open:
@@ -246,8 +250,7 @@ class ReceivedImages:
         self._end_image()
         for name in self._done.values():
             self._images.rename(f"{name}.unfinished", name)
-        summary = {"version": 1, "images": self.received.images, "pages": self.received.pages}
-        self._images.finish_received(json.dumps(summary).encode())
+        self._images.finish_received(self.received.summary())
         return self.received
 
     def dedup(self) -> None:
@@ -290,7 +293,7 @@ def _check(table: Entries, current: _Open) -> None:
         (pages == 0, "has no pages"),
         (end <= vaddr, "ends beyond the address space"),
         (flags == PE_LAZY, "is left to a lazy-pages server: dump without --lazy-pages"),
-        (~np.isin(flags, _GOOD_FLAGS), "has impossible flags"),
+        (~np.isin(flags, GOOD_FLAGS), "has impossible flags"),
         (vaddr < before, "begins before the end of the run before it"),
     )
     for wrong, what in problems:

@@ -114,6 +114,15 @@ def receive(call: Callable[..., int], timeout: float | None, *arguments: object)
     return got
 
 
+def receive_all(connection: socket.socket, timeout: float | None, view: memoryview) -> None:
+    """Fill a buffer with what comes.
+
+    :raises ConnectionLost: the client has gone, or is silent.
+    """
+    while view:
+        view = view[receive(connection.recv_into, timeout, view) :]
+
+
 def _make_pipe() -> tuple[int, int]:
     """A pipe that holds as much as the kernel allows, up to a MiB."""
     reader, writer = os.pipe2(os.O_CLOEXEC)

@@ -9,7 +9,6 @@ to be written; whatever happens before that, `discard` leaves nothing.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -28,9 +27,7 @@ from incdump.images.new_dir import INVENTORY, SIDECAR
 from incdump.images.pagemap import decode_in_parts
 from incdump.model.runs import (
     PAGE_SHIFT,
-    PE_LAZY,
     PE_PARENT,
-    PE_PRESENT,
     canonical,
     empty_runs,
     entry_runs,
@@ -40,7 +37,7 @@ from incdump.model.runs import (
 )
 from incdump.xfer.blocks import MOST_NAMES
 from incdump.xfer.local import close_gaps, cut_off
-from incdump.xfer.received import MOST_RUNS, Received, give_back
+from incdump.xfer.received import GOOD_FLAGS, MOST_RUNS, Received, give_back
 from incdump.xfer.wire import Image
 
 if TYPE_CHECKING:
@@ -54,7 +51,6 @@ _PAGEMAP = re.compile(r"(pagemap|pagemap-shmem)-([1-9]\d{0,18})\.img")
 _MOST_INVENTORY = 1 << 20
 _MOST_SIDECAR = 64 << 20
 _MOST_PAGEMAP = 32 * MOST_RUNS
-_GOOD_FLAGS = (PE_PRESENT, PE_PRESENT | PE_LAZY, PE_PARENT)
 
 
 class _PagesImage:
@@ -254,8 +250,7 @@ class StoredImages:
             decode_inventory(bytes(self._inventory), self._images.path / INVENTORY)
             self._images.finish(bytes(self._inventory))
         else:
-            summary = {"version": 1, "images": self.received.images, "pages": self.received.pages}
-            self._images.finish_received(json.dumps(summary).encode())
+            self._images.finish_received(self.received.summary())
         return self.received
 
     def _check_pagemap(self, image: Image, name: str, left: dict[int, int]) -> None:
@@ -264,7 +259,7 @@ class StoredImages:
         pages_id, tables = decode_in_parts(read_file(path) or b"", path)
         pages, holes = 0, [empty_runs()]
         for table in tables:
-            if not np.isin(table[:, 2], _GOOD_FLAGS).all():
+            if not np.isin(table[:, 2], GOOD_FLAGS).all():
                 raise ProtocolError(f"{name} has entries with impossible flags")
             pages += int(present_entries(table)[:, 1].sum())
             holes.append(entry_runs(table[(table[:, 2] & np.uint64(PE_PARENT)) != 0]))
