@@ -207,7 +207,8 @@ class ProcessDump:
         whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
         wanted = ((self._rule & Rule.DUMP) != 0) & ~whole
         scratch = np.empty(content.BATCH_PAGES * PAGE_SIZE, np.uint8) if self._has_hashes() else None
-        raw = self._timed(self._watch.windows(vmas.select(wanted), watched[wanted], incremental=self.incremental))
+        in_parent = self._parent.covered if self._parent is not None and self.incremental else None
+        raw = self._timed(self._watch.windows(vmas.select(wanted), watched[wanted], in_parent=in_parent))
         for window in merge_into(raw, _present(vmas.spans(whole))):
             regions = window.regions if self.incremental else _all_written(window.regions)
             if scratch is not None:

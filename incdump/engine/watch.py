@@ -213,14 +213,15 @@ class Watch:
         """
         return 0 if self._round is None else self._round.count_written(vmas)
 
-    def windows(self, vmas: VmaTable, watched: NDArray[np.bool_], *, incremental: bool) -> Iterator[Window]:
+    def windows(self, vmas: VmaTable, watched: NDArray[np.bool_], *, in_parent: Runs | None) -> Iterator[Window]:
         """Read what is populated and, of watched mappings, what was written; the answer is cleared with the reading.
 
         :param vmas: the mappings that are wanted.
         :param watched: what `begin` said of them.
-        :param incremental: whether what was not written may be left out.
+        :param in_parent: the pages that the parent images have, canonical, where what was not written may be left out;
+            None: nothing may be.
         """
-        for window in self._raw_windows(vmas, watched, incremental):
+        for window in self._raw_windows(vmas, watched, in_parent):
             if not self._frozen:
                 # After pages were marked as clean, before they are read: I/O that was under way to them either has
                 # ended by now, so that its bytes are read, or its file is still open.
@@ -250,14 +251,16 @@ class Watch:
                 vaddr=first,
             )
 
-    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_], incremental: bool) -> Iterator[Window]:
+    def _raw_windows(self, vmas: VmaTable, watched: NDArray[np.bool_], in_parent: Runs | None) -> Iterator[Window]:
         means = self._means
         if not len(vmas):
             return iter(())
         if self._round is not None:
-            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm, mostly_clean=incremental)
+            return self._round.windows(means.reader, vmas, watched, rearm=means.rearm, in_parent=in_parent)
         if means.tracker == soft_dirty.NAME and not self._untrusted:
-            self._tables = soft_dirty.table_watch(self._pagemap_fd, self._notes_of_parent() if incremental else None)
+            self._tables = soft_dirty.table_watch(
+                self._pagemap_fd, None if in_parent is None else self._notes_of_parent()
+            )
             return soft_dirty.windows(self._pagemap_fd, means.reader, vmas, watched, self._tables)
         return uffd_wp.unvouched(means.reader.windows(self._pagemap_fd, vmas))
 

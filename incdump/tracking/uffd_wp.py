@@ -33,6 +33,7 @@ from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import ScanReader
+from incdump.proc.pagemap.pme import clip_to
 from incdump.tracking.ledger import Ledger, coarser
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class UffdWpRound:
         watched: NDArray[np.bool_],
         *,
         rearm: bool = True,
-        mostly_clean: bool = False,
+        in_parent: Runs | None = None,
     ) -> Iterator[Window]:
         """Read what is populated and what was written, and mark it as clean again.
 
@@ -135,15 +136,18 @@ class UffdWpRound:
         :param vmas: the mappings that are wanted, ascending.
         :param watched: of these, which `register` has put under watch.
         :param rearm: False leaves the marks as they are: for a process that nobody will dump again.
-        :param mostly_clean: whether hardly a page is expected to have been written since the marks were set.
+        :param in_parent: pages that are known to have been populated when the marks were set, canonical: hardly one of
+            them is expected to have been written since. None: there is nothing to be expected.
         :returns: windows over all of `vmas`; pages of watched mappings, and only these, have WPALLOWED, and WRITTEN
             where they were.
         """
         if not watched.any():
             yield from unvouched(reader.windows(self._pagemap_fd, vmas))
         elif reader.name == "scan":
-            by = self._by_exception if mostly_clean else self._by_scan
-            yield from by(vmas, watched, rearm)
+            if in_parent is None:
+                yield from self._by_scan(vmas, watched, rearm)
+            else:
+                yield from self._by_exception(vmas, watched, rearm, in_parent)
         else:
             yield from self._by_entries(reader, vmas, watched, rearm)
 
@@ -159,21 +163,25 @@ class UffdWpRound:
             others = merge(others, self._read(ScanReader(mask=PageIs.WPALLOWED), vmas.select(~watched)))
         return merge_into(self._taking_scan(vmas.select(watched), rearm), others)
 
-    def _by_exception(self, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool) -> Iterator[Window]:
+    def _by_exception(
+        self, vmas: VmaTable, watched: NDArray[np.bool_], rearm: bool, in_parent: Runs
+    ) -> Iterator[Window]:
         """The same, where nearly all pages are clean: of these the kernel says nothing, which is four times as quick.
 
         First what was written is got and cleared. Then every page is told that is *not* present, watched, unwritten and
         of the process's own: written once more meanwhile, absent, swapped out, of a mapping that is not watched after
-        all. What is left of the mappings is clean, if the address space is still there.
+        all. What is left of the mappings is clean, if the address space is still there. The kernel keeps as silent
+        about a mapping that has gone: silence about pages that the parent does not have is asked about once more, lest
+        they pass for pages that have to be read (which populates a mapping that has taken the place).
         """
         others = empty_regions()
         if not watched.all():
             unwatched = vmas.select(~watched)
             for inverted in (PageIs.WPALLOWED, 0):
                 others = merge(others, self._read(ScanReader(mask=PageIs.WPALLOWED, inverted=inverted), unwatched))
-        return merge_into(self._told_by_exception(vmas.select(watched), rearm), others)
+        return merge_into(self._told_by_exception(vmas.select(watched), rearm, in_parent), others)
 
-    def _told_by_exception(self, vmas: VmaTable, rearm: bool) -> Iterator[Window]:
+    def _told_by_exception(self, vmas: VmaTable, rearm: bool, in_parent: Runs) -> Iterator[Window]:
         exceptions = ScanReader(
             inverted=PageIs.PRESENT | PageIs.WPALLOWED,
             anyof=PageIs.PRESENT | PageIs.WPALLOWED | PageIs.WRITTEN | _NOT_OURS,
@@ -182,12 +190,24 @@ class UffdWpRound:
         spans = canonical(vmas.spans())
         if not rearm:
             for window in exceptions.windows(self._pagemap_fd, vmas):
-                yield with_clean(window, spans, empty_runs())
+                yield self._with_clean(window, vmas, spans, in_parent)
             return
         for taken in self._taking_scan(vmas, rearm, also=PageIs.WRITTEN):
             written = canonical(taken.regions[:, :2])
             for window in exceptions.windows(self._pagemap_fd, vmas.within(taken.lo, taken.hi)):
-                yield with_clean(window, spans, written)
+                told = self._with_clean(window, vmas, spans, in_parent)
+                yield Window(told.lo, told.hi, mark(told.regions, written, PageIs.WRITTEN))
+
+    def _with_clean(self, window: Window, vmas: VmaTable, spans: Runs, in_parent: Runs) -> Window:
+        """Add to a window of exceptions the pages that it does not speak of."""
+        silent = silence(window, spans)
+        doubtful = subtract(silent, in_parent)
+        asked = empty_regions()
+        if len(doubtful):
+            part = vmas.within(int(doubtful[0, 0]), int(doubtful[-1, 1]))
+            found = [there.regions for there in ScanReader(in_steps=False).windows(self._pagemap_fd, part)]
+            asked = clip_to(np.concatenate([asked, *found]), doubtful)
+        return with_clean(window, subtract(silent, doubtful), asked)
 
     def _read(self, reader: PagemapReader, vmas: VmaTable) -> Regions:
         found = [window.regions for window in unvouched(reader.windows(self._pagemap_fd, vmas))]
@@ -278,17 +298,23 @@ class UffdWpRound:
             return empty_runs()
 
 
-def with_clean(window: Window, spans: Runs, written: Runs) -> Window:
-    """Add to a window of exceptions what it does not speak of: pages that are present, watched and not written.
+def silence(window: Window, spans: Runs) -> Runs:
+    """The part of some spans that a window of exceptions does not speak of.
 
     :param spans: the mappings that were scanned, canonical.
-    :param written: pages that count as written, whatever the window says.
     """
-    clean = subtract(clip(spans, window.lo, window.hi), canonical(window.regions[:, :2]))
+    return subtract(clip(spans, window.lo, window.hi), canonical(window.regions[:, :2]))
+
+
+def with_clean(window: Window, clean: Runs, asked: Regions) -> Window:
+    """A window of exceptions with what it does not speak of: an ordinary window, of populated pages only.
+
+    :param clean: pages that are present, watched and not written.
+    :param asked: pages about which the kernel was asked once more.
+    """
     there = np.full(len(clean), PageIs.PRESENT | PageIs.WPALLOWED, np.uint64)
     populated = window.regions[window.regions[:, 2] & np.uint64(PageIs.PRESENT | PageIs.SWAPPED) != 0]
-    regions = merge(populated, np.column_stack((clean, there)))
-    return Window(window.lo, window.hi, mark(regions, written, PageIs.WRITTEN))
+    return Window(window.lo, window.hi, merge(merge(populated, np.column_stack((clean, there))), asked))
 
 
 def unvouched(windows: Iterator[Window]) -> Iterator[Window]:

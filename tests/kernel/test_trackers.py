@@ -772,3 +772,18 @@ async def test_pages_that_vanish_before_they_are_read_are_counted(
     assert chain.last.stats.pages_vanished == 16
     assert same_when_stopped(odd, chain.last.images_dir).ok
     await chain.prove()
+
+
+async def test_a_mapping_that_goes_before_the_scan_does_not_pass_for_pages_that_the_parent_lacks(
+    odd: Odd, images_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan by exception says nothing of it, as of pages that were not written."""
+    (sparse, _) = odd.do("anon 4096")
+    odd.do(f"fill {sparse} 3 1")
+    chain = Chain(odd, images_root)
+    await chain.predump()
+    Between(monkeypatch, "incdump.engine.watch.Watch.begin", lambda: odd.do(f"unmap {sparse} 4096"))
+    await chain.predump()
+    assert chain.last.incremental
+    assert chain.last.stats.pages_vanished == 0
+    await chain.prove()

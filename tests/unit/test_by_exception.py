@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from incdump.model.regions import PageIs, Window
 from incdump.proc.maps import parse_maps
 from incdump.proc.pagemap.scan import _Masks
-from incdump.tracking.uffd_wp import with_clean
+from incdump.tracking.uffd_wp import silence, with_clean
 from tests.unit.pagesets import (
     END,
     PAGE,
@@ -22,24 +24,33 @@ from tests.unit.pagesets import (
     thoroughly,
 )
 
+if TYPE_CHECKING:
+    from incdump.model.runs import Runs
+
 HERE = PageIs.PRESENT | PageIs.SWAPPED
 exceptions = page_dicts(st.sampled_from((0, 1, 3, 8, 10, 11, 12, 16, 17, 19)))
 
 
 @thoroughly
 @given(exceptions, page_sets, page_sets, st.integers(0, END), st.integers(0, END))
-def test_silence_means_clean(told: dict[int, int], mapped: set[int], written: set[int], a: int, b: int) -> None:
+def test_silence_means_clean_of_pages_that_the_parent_has(
+    told: dict[int, int], mapped: set[int], in_parent: set[int], a: int, b: int
+) -> None:
     lo, hi = sorted((a, b))
     told = {page: bits for page, bits in told.items() if page in mapped and lo <= page < hi}
     window = Window(lo * PAGE, hi * PAGE, regions_of(told))
-    found = with_clean(window, runs_of(mapped), runs_of(written))
-    expected = {}
-    for page in mapped:
-        bits = told.get(page, PageIs.PRESENT | PageIs.WPALLOWED)
-        if lo <= page < hi and bits & HERE:
-            expected[page] = int(bits | (PageIs.WRITTEN if page in written else 0))
+    silent = silence(window, runs_of(mapped))
+    assert pages_of(silent) == {page for page in mapped if lo <= page < hi and page not in told}
+    asked = {page: 19 for page in pages_of(silent) if page % 2 and page not in in_parent}
+    found = with_clean(window, clip_runs(silent, in_parent), regions_of(asked))
+    expected = {page: bits for page, bits in told.items() if bits & HERE} | asked
+    expected |= dict.fromkeys(pages_of(silent) & in_parent, PageIs.PRESENT | PageIs.WPALLOWED)
     assert categories_of(found.regions) == expected
     assert (found.lo, found.hi) == (window.lo, window.hi)
+
+
+def clip_runs(runs: Runs, pages: set[int]) -> Runs:
+    return runs_of(pages_of(runs) & pages)
 
 
 @thoroughly
@@ -71,5 +82,5 @@ def matches(masks: _Masks, page: int) -> bool:
 
 
 def test_a_window_of_exceptions_may_be_empty() -> None:
-    nothing = with_clean(Window(0, 8 * PAGE, np.empty((0, 3), np.uint64)), runs_of(set()), runs_of({3}))
-    assert len(nothing.regions) == 0
+    nothing = Window(0, 8 * PAGE, np.empty((0, 3), np.uint64))
+    assert len(with_clean(nothing, silence(nothing, runs_of(set())), nothing.regions).regions) == 0
