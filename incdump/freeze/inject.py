@@ -101,12 +101,12 @@ def inject_userfaultfd(
     work = _Work(pid, flags, held, on_stopped)
     try:
         _run_to_the_end(work)
+        if work.error is not None:
+            raise work.error
     except BaseException:
         if work.fd >= 0:
             os.close(work.fd)
         raise
-    if work.error is not None:
-        raise work.error
     return work.fd, work.stopped
 
 
@@ -186,28 +186,26 @@ class _Work:
                 if self.on_stopped is not None:
                     self.on_stopped()
                 with _ptrace_errors(self.pid):
-                    fd, problem = thread.make_userfaultfd(pidfd, self.flags, copies)
+                    self.fd, problem = thread.make_userfaultfd(pidfd, self.flags, copies)
             finally:
                 thread.let_go()
                 self.stopped = (time.monotonic_ns() - began) // 1000
         finally:
             os.close(pidfd)
-        self.fd = self._checked(fd, problem)
+        self._check(problem)
 
-    def _checked(self, fd: int, problem: str) -> int:
+    def _check(self, problem: str) -> None:
         """Make sure of what was got, now that nobody waits for it."""
-        if fd < 0:
-            number = -fd
+        if self.fd < 0:
+            number = -self.fd
             raise InjectionFailed(
                 f"{problem} in process {self.pid}: {os.strerror(number)} ({errno.errorcode.get(number, number)})"
                 + (": allow userfaultfd in its seccomp profile" if number == errno.EPERM else ""),
                 pid=self.pid,
                 errno=number,
             )
-        if os.readlink(f"/proc/self/fd/{fd}") != _UFFD_LINK:  # the thread has a descriptor table of its own
-            os.close(fd)
+        if os.readlink(f"/proc/self/fd/{self.fd}") != _UFFD_LINK:  # the thread has a descriptor table of its own
             raise InjectionFailed(f"the threads of process {self.pid} do not share their descriptors", pid=self.pid)
-        return fd
 
 
 @contextlib.contextmanager
