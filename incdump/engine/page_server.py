@@ -5,49 +5,38 @@ directory a session, ``1``, ``2`` and so on, each with the one before as its par
 session that breaks leaves nothing, and its number to the next one; a server that is started again goes on counting.
 
 A session runs in worker threads, on blocking sockets: asyncio's own streams move half as many bytes a second. Whoever
-connects is heard at once, as far as its first message (`_Client`): it is another channel of the session that is under
-way, or a client that is served next.
+connects is heard at once, as far as its first message (`incdump.engine.listener`): it is another channel of the session
+that is under way, or a client that is served next.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio
-
-from incdump.engine.pipeline import first_cause
+from incdump.engine.listener import Listener
 from incdump.engine.threads import in_thread
-from incdump.errors import ConnectionLost, ImagesDirInUse, ImagesError, IncdumpError, XferError
+from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, ProtocolError
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
-from incdump.xfer.block_server import BlockSession, Joins
-from incdump.xfer.blocks import JOIN, OFFER, TOKEN
+from incdump.xfer.block_server import BlockSession
+from incdump.xfer.blocks import OFFER
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
-from incdump.xfer.sockets import broken, hang_up, limit_calls, why
-from incdump.xfer.splicing import receive_all
 from incdump.xfer.stored import StoredImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Self
 
-    from anyio.abc import TaskGroup
-    from anyio.streams.memory import MemoryObjectSendStream
-
+    from incdump.engine.listener import Client
     from incdump.model.options import TlsFiles
+    from incdump.xfer.block_server import Joins
     from incdump.xfer.received import Received
-    from incdump.xfer.sockets import Wrap
-
-_BACKLOG = 8
-_WAITING = 32
-"""Clients that are heard, or wait, at once."""
-_AFTER_A_FAILED_ACCEPT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,92 +89,38 @@ class SessionReport:
     warning: str | None = None
 
 
-class _Client:
-    """Somebody who has connected.
+class Sessions:
+    """Sessions into one images dir, one after the other.
 
-    :ivar connection: None once it is another channel of a session.
-    :ivar first: the beginning of its first message.
-    :ivar error: why there is nothing to be served.
-    """
-
-    def __init__(self, connection: socket.socket | None, name: str, error: IncdumpError | None = None) -> None:
-        self.connection = connection
-        self.name = name
-        self.error = error
-        self.first = b""
-
-    def hear(self, timeout: float | None, joins: Joins, wrap: Wrap | None) -> None:
-        """Hear what it begins with. Blocks."""
-        assert self.connection is not None
-        try:
-            if wrap is not None:
-                self.connection.settimeout(timeout)
-                from incdump.xfer.tls import shake_hands  # was loaded when the server began
-
-                self.connection = wrap(self.connection)
-                shake_hands(self.connection)
-            limit_calls(self.connection, timeout)
-            self.first = self._take(len(OFFER), timeout)
-            if self.first == JOIN:
-                if joins.add(self._take(TOKEN, timeout), self.connection):
-                    self.connection = None
-                else:
-                    self.error = ConnectionLost("it would join a session that is over")
-        except IncdumpError as error:
-            self.error = error
-        except OSError as error:
-            self.error = broken(error)
-
-    def _take(self, size: int, timeout: float | None) -> bytes:
-        assert self.connection is not None
-        data = bytearray(size)
-        receive_all(self.connection, timeout, memoryview(data))
-        return bytes(data)
-
-    def hang_up(self) -> None:
-        """End the connection. Never blocks, never fails."""
-        if self.connection is not None:
-            hang_up(self.connection)
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self.connection is not None:
-            self.connection.close()
-
-
-class PageServer:
-    """A page server. As an async context manager it listens; `serve` then serves.
-
-    :ivar host: where it listens.
-    :ivar port: where it listens.
     :ivar was_serving: whether a client's session was under way when it was cancelled.
     """
 
     def __init__(
         self,
         images_dir: str | os.PathLike[str],
+        joins: Joins,
         *,
         parent: str | None = None,
-        options: PageServerOptions | None = None,
+        options: PageServerOptions,
+        token: str | None = None,
     ) -> None:
         """
         :param images_dir: where to; made if missing, refused if it holds images.
+        :param joins: where the other channels of sessions arrive.
         :param parent: the parent images dir of the first session: relative to `images_dir`, or absolute.
+        :param token: what every client has to show, in incdump's own protocol; None: nobody has to.
         """
-        self._options = options or PageServerOptions()
+        self._options = options
         self._path = Path(os.path.abspath(images_dir))
         self._parent = parent
+        self._joins = joins
+        self._token = token
         self._done = 0  # sessions that have their directory, those of earlier runs included
-        self._listener: socket.socket | None = None
-        self._joins = Joins()
-        self._wrap: Wrap | None = None
-        self.host, self.port = self._options.address, self._options.port
         self.was_serving = False
 
-    async def __aenter__(self) -> PageServer:
-        """Begin to listen.
+    def prepare(self) -> None:
+        """Find out how far earlier sessions have come, and whether there can be more. Blocks.
 
-        :raises incdump.errors.XferError: it cannot listen there.
         :raises incdump.errors.ImagesError: the images dir, or the parent, cannot be used.
         """
         if self._options.own_dirs:
@@ -199,92 +134,12 @@ class PageServer:
             if self._parent is not None and not os.path.isabs(self._parent):
                 self._parent = os.path.join("..", self._parent)  # as seen from the first session's directory
         NewImagesDir.create(*self._place(self._done + 1)).discard()  # what is wrong is said now
-        if self._options.tls is not None:
-            from incdump.xfer.tls import server_side  # not for everybody: it takes its time to load
 
-            self._wrap = await in_thread(server_side, self._options.tls)
-        try:
-            self._listener = await in_thread(self._listen)
-        except (OSError, UnicodeError) as error:
-            where = f"{self._options.address} port {self._options.port}"
-            reason, number = why(error)
-            raise XferError(f"cannot listen on {where}: {reason}", errno=number) from error
-        self.host, self.port = self._listener.getsockname()[:2]
-        return self
+    async def serve(self, client: Client, on_session: Callable[[SessionReport], None] | None = None) -> SessionReport:
+        """Serve a client, and close its connection.
 
-    async def __aexit__(self, *_: object) -> None:
-        if self._listener is not None:
-            self._listener.close()
-
-    def _listen(self) -> socket.socket:
-        found = socket.getaddrinfo(self._options.address, self._options.port, type=socket.SOCK_STREAM)
-        family, _, _, _, where = found[0]
-        listener = socket.create_server(where, family=family, backlog=_BACKLOG)
-        listener.setblocking(False)
-        return listener
-
-    async def serve(self, on_session: Callable[[SessionReport], None] | None = None) -> list[SessionReport]:
-        """Serve clients, one after the other, until all rounds were served, or for ever.
-
-        :param on_session: called with each session's report.
-        :returns: the reports of all sessions, if there is an end to them.
         :raises incdump.errors.IncdumpError: the only session broke.
         """
-        reports: list[SessionReport] = []
-        left = self._options.rounds if self._options.own_dirs else 1
-        put, waiting = anyio.create_memory_object_stream[_Client](_WAITING)
-        try:
-            async with anyio.create_task_group() as tasks, put:
-                tasks.start_soon(self._welcome_all, tasks, put)
-                while left is None or left > 0:
-                    report = await self._serve_next(await waiting.receive(), on_session)
-                    if report.error is None:
-                        left = None if left is None else left - 1
-                    if left is not None:  # else nobody will see them, and there may be many
-                        reports.append(report)
-                tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from None
-        finally:
-            with suppress(anyio.WouldBlock, anyio.EndOfStream):
-                while True:
-                    waiting.receive_nowait().close()
-            waiting.close()
-        return reports
-
-    async def _welcome_all(self, tasks: TaskGroup, clients: MemoryObjectSendStream[_Client]) -> None:
-        """Hear whoever connects."""
-        assert self._listener is not None
-        loop = asyncio.get_running_loop()
-        places = anyio.Semaphore(_WAITING)
-        while True:
-            await places.acquire()
-            try:
-                connection, peer = await loop.sock_accept(self._listener)
-            except OSError as error:  # no descriptors left, a network that is down: of this client, not of the server
-                places.release()
-                problem = XferError(f"cannot take a client: {error.strerror}")
-                await clients.send(_Client(None, "", problem))
-                await anyio.sleep(_AFTER_A_FAILED_ACCEPT)
-            else:
-                name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
-                tasks.start_soon(self._welcome, _Client(connection, name), clients, places)
-
-    async def _welcome(
-        self, client: _Client, clients: MemoryObjectSendStream[_Client], places: anyio.Semaphore
-    ) -> None:
-        is_waiting = False
-        try:
-            await in_thread(client.hear, self._options.timeout, self._joins, self._wrap, break_off=client.hang_up)
-            if client.connection is not None:
-                await clients.send(client)
-            is_waiting = True
-        finally:
-            places.release()
-            if not is_waiting:
-                client.close()
-
-    async def _serve_next(self, client: _Client, on_session: Callable[[SessionReport], None] | None) -> SessionReport:
         ended: list[SessionReport] = []
 
         def session() -> None:
@@ -319,7 +174,7 @@ class PageServer:
             return self._path, self._parent
         return self._path / str(number), self._parent if number == 1 else f"../{number - 1}"
 
-    def _session(self, client: _Client, number: int) -> SessionReport:
+    def _session(self, client: Client, number: int) -> SessionReport:
         """One session. Blocks."""
         if client.error is not None or client.connection is None:
             return SessionReport(client.name, None, error=client.error)
@@ -338,17 +193,17 @@ class PageServer:
             return SessionReport(client.name, None, error=error)
         return _report(client.name, path, received, self._dedup(receiver))
 
-    def _receiver(
-        self, client: _Client, images: NewImagesDir, above: ImagesDir | None
-    ) -> ReceivedImages | StoredImages:
+    def _receiver(self, client: Client, images: NewImagesDir, above: ImagesDir | None) -> ReceivedImages | StoredImages:
         kind = StoredImages if client.first == OFFER else ReceivedImages
         return kind(images, above, max_bytes=self._options.max_bytes)
 
-    def _run(self, client: _Client, receiver: ReceivedImages | StoredImages) -> Received:
+    def _run(self, client: Client, receiver: ReceivedImages | StoredImages) -> Received:
         assert client.connection is not None
         timeout = self._options.timeout
         if isinstance(receiver, StoredImages):
-            return BlockSession(client.connection, receiver, self._joins, timeout=timeout).run()
+            return BlockSession(client.connection, receiver, self._joins, timeout=timeout, token=self._token).run()
+        if self._token is not None:
+            raise ProtocolError("it speaks another protocol than a migration does")
         return Session(client.connection, receiver, timeout=timeout, first=client.first).run()
 
     def _dedup(self, receiver: ReceivedImages | StoredImages) -> str | None:
@@ -359,6 +214,73 @@ class PageServer:
             except ImagesError as error:
                 return f"the parent images keep their pages: {error}"
         return None
+
+
+class PageServer:
+    """A page server. As an async context manager it listens; `serve` then serves."""
+
+    def __init__(
+        self,
+        images_dir: str | os.PathLike[str],
+        *,
+        parent: str | None = None,
+        options: PageServerOptions | None = None,
+    ) -> None:
+        """
+        :param images_dir: where to; made if missing, refused if it holds images.
+        :param parent: the parent images dir of the first session: relative to `images_dir`, or absolute.
+        """
+        self._options = options or PageServerOptions()
+        self._listener = Listener(
+            self._options.address, self._options.port, timeout=self._options.timeout, tls=self._options.tls
+        )
+        self._sessions = Sessions(images_dir, self._listener.joins, parent=parent, options=self._options)
+
+    @property
+    def host(self) -> str:
+        """Where it listens."""
+        return self._listener.host
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._listener.port
+
+    @property
+    def was_serving(self) -> bool:
+        """Whether a client's session was under way when it was cancelled."""
+        return self._sessions.was_serving
+
+    async def __aenter__(self) -> Self:
+        """Begin to listen.
+
+        :raises incdump.errors.XferError: it cannot listen there.
+        :raises incdump.errors.ImagesError: the images dir, or the parent, cannot be used.
+        """
+        self._sessions.prepare()
+        await self._listener.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._listener.__aexit__(*exc_info)
+
+    async def serve(self, on_session: Callable[[SessionReport], None] | None = None) -> list[SessionReport]:
+        """Serve clients, one after the other, until all rounds were served, or for ever.
+
+        :param on_session: called with each session's report.
+        :returns: the reports of all sessions, if there is an end to them.
+        :raises incdump.errors.IncdumpError: the only session broke.
+        """
+        reports: list[SessionReport] = []
+        left = self._options.rounds if self._options.own_dirs else 1
+        async with self._listener.clients() as clients:
+            while left is None or left > 0:
+                report = await self._sessions.serve(await clients.receive(), on_session)
+                if report.error is None:
+                    left = None if left is None else left - 1
+                if left is not None:  # else nobody will see them, and there may be many
+                    reports.append(report)
+        return reports
 
 
 def _last_number(path: Path) -> int:

@@ -42,5 +42,6 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
             parent=parent,
             compress=options.compression,
             timeout=timeout,
+            migration=options.migration,
         )
     )

@@ -58,6 +58,7 @@ class DumpOptions:
     :ivar page_server_timeout: seconds for which it may take nothing, or not answer.
     :ivar page_server_protocol: ``"auto"``: incdump's own with a server that has it, which then gets all images; or
         ``"criu"``.
+    :ivar migration: the token that a receiver has given to this migration, see `incdump.migrate`; None: it is none.
     :ivar tls: for an encrypted connection; None: whoever is in between can read and change what is sent.
     :ivar compression: of pages on their way to an incdump page server: ``"auto"``: where it turns out to be quicker.
     """
@@ -71,5 +72,6 @@ class DumpOptions:
     page_server: tuple[str, int] | None = None
     page_server_timeout: float = 30.0
     page_server_protocol: ProtocolName = "auto"
+    migration: str | None = None
     tls: TlsFiles | None = None
     compression: CompressionName = "auto"

@@ -312,6 +312,7 @@ class BlockClient:
         parent: str | None,
         compress: CompressionName,
         timeout: float,
+        migration: str | None = None,
     ) -> None:
         """Agree on the terms. Blocks.
 
@@ -320,13 +321,14 @@ class BlockClient:
         :param channels: connections that are wanted.
         :param parent: the generation of the parent dump.
         :param timeout: seconds for which the server may take nothing, or not answer.
+        :param migration: the token of the migration that this is part of.
         :raises XferError: the server has gone, or speaks another version.
         """
         self.server = server
         self._condition = threading.Condition()
         self._channels = [Channel(connection, server, timeout, CodingChoice("off", agreed=False))]
         try:
-            terms = self._agree(channels, parent, compress)
+            terms = self._agree(channels, parent, compress, migration)
             self.stands_on_parent = terms.get("parent") is True
             agreed = compression.LZ4 in terms.get("compression", ())
             if compress == "lz4" and not agreed:
@@ -346,9 +348,13 @@ class BlockClient:
         self.channels = len(self._channels)
         self._idle = list(self._channels)
 
-    def _agree(self, channels: int, parent: str | None, compress: CompressionName) -> dict[str, Any]:
+    def _agree(
+        self, channels: int, parent: str | None, compress: CompressionName, migration: str | None
+    ) -> dict[str, Any]:
         codings = [] if compress == "off" else list(compression.available())
         offer = {"version": VERSION, "channels": channels, "parent": parent, "compression": codings}
+        if migration is not None:
+            offer["migration"] = migration
         first = self._channels[0]
         first.send_all(encode_terms(offer))
         (size,) = LENGTH.unpack(first.receive_all(LENGTH.size))

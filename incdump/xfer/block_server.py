@@ -118,13 +118,21 @@ class BlockSession:
     """A client's session. Blocks; to end it from outside, hang up the connection."""
 
     def __init__(
-        self, connection: socket.socket, images: StoredImages, joins: Joins, *, timeout: float | None = None
+        self,
+        connection: socket.socket,
+        images: StoredImages,
+        joins: Joins,
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
     ) -> None:
         """
         :param connection: on which the offer came; stays the caller's to close.
         :param joins: where the client's other connections arrive.
         :param timeout: seconds for which the client may be silent, or not take an answer; None for ever.
+        :param token: what the client has to show in its terms; None: nothing.
         """
+        self._token = token
         self._connection = connection
         self._images = images
         self._joins = joins
@@ -170,6 +178,8 @@ class BlockSession:
         if size > MOST_TEXT:
             raise ProtocolError("the client's terms are longer than there can be")
         offer = decode_terms(bytes(first.take(size)))
+        if self._token is not None and offer.get("migration") != self._token:
+            raise ProtocolError("the client is not of the migration that is under way")
         wanted, parent, codings = offer.get("channels"), offer.get("parent"), offer.get("compression")
         channels = min(wanted, MOST_CHANNELS) if isinstance(wanted, int) and wanted > 0 else 1
         both = [name for name in compression.available() if isinstance(codings, list) and name in codings]
