@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from incdump.engine.check import AgainstReport, check, check_against
     from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
+    from incdump.engine.migrate import MigrateResult, migrate
     from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
     from incdump.engine.precopy import PrecopyResult, precopy
+    from incdump.engine.receive import MigrationReport, Receiver, ReceiverOptions
     from incdump.engine.restore import restore
     from incdump.engine.session import Session
     from incdump.engine.untrack import untrack
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
         AlreadyTraced,
         BadImage,
         BrokenChain,
+        CannotMigrate,
         CheckError,
         ConnectionLost,
         CriuError,
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
         ImagesIOError,
         IncdumpError,
         InjectionFailed,
+        MigrationError,
         NoSuchTarget,
+        OutcomeUnknown,
         ParentMismatch,
         ProtocolError,
         TargetDenied,
@@ -86,6 +91,15 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "Freeze",
     "should_stop",
     "DidNotConverge",
+    # to another host
+    "migrate",
+    "MigrateResult",
+    "Receiver",
+    "ReceiverOptions",
+    "MigrationReport",
+    "MigrationError",
+    "CannotMigrate",
+    "OutcomeUnknown",
     "untrack",
     "Session",
     "DumpOptions",
@@ -145,6 +159,11 @@ _HOME = {
     "Estimate": "incdump.model.precopy",
     "Freeze": "incdump.model.precopy",
     "should_stop": "incdump.model.precopy",
+    "migrate": "incdump.engine.migrate",
+    "MigrateResult": "incdump.engine.migrate",
+    "Receiver": "incdump.engine.receive",
+    "ReceiverOptions": "incdump.engine.receive",
+    "MigrationReport": "incdump.engine.receive",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
     "PageServer": "incdump.engine.page_server",

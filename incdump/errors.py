@@ -15,9 +15,12 @@ code   class                       meaning
 6      `CheckError`                ``incdump check`` found the chain, or a page, wrong
 7      `CriuError`                 CRIU is missing, too old, or failed
 8      `XferError`                 pages did not come through the network
+9      `DidNotConverge`            a pre-copy loop did not come to its end in time
+10     `MigrationError`            a migration failed: the tree is where it was
+11     `OutcomeUnknown`            whether a migrated tree runs over there could not be found out
 =====  ==========================  ==================================================================
 
-Whatever is raised, the target runs on.
+Whatever is raised, the target runs on. (One exception: `OutcomeUnknown`.)
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ __all__ = (
     "AlreadyTraced",
     "BadImage",
     "BrokenChain",
+    "CannotMigrate",
     "CheckError",
     "ConnectionLost",
     "CriuError",
@@ -41,7 +45,9 @@ __all__ = (
     "IncdumpError",
     "InjectionFailed",
     "LeashUnusable",
+    "MigrationError",
     "NoSuchTarget",
+    "OutcomeUnknown",
     "ParentMismatch",
     "ProtocolError",
     "TargetDenied",
@@ -190,6 +196,32 @@ class DidNotConverge(IncdumpError):
     """A pre-copy loop: the target writes faster than it can be copied."""
 
     exit_code = 9
+
+
+class MigrationError(IncdumpError):
+    """A tree could not be moved to another host; it is where it was."""
+
+    exit_code = 10
+
+
+class CannotMigrate(MigrationError):
+    """The other host lacks something, or does not take the tree: nothing was begun.
+
+    :ivar problems: what, a line each.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message, pid=pid)
+        self.problems = problems
+
+
+class OutcomeUnknown(MigrationError):
+    """The other host has gone in the moment when the tree was to run there, and cannot be asked whether it does.
+
+    The tree here is left stopped, unless told otherwise: so that it does not run twice.
+    """
+
+    exit_code = 11
 
 
 class XferError(IncdumpError):

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces that a link of limited bandwidth joins.
+"""Hosts on this machine: two network namespaces that a link of limited bandwidth joins, or three and a switch.
 
 They share everything but the network: files, users, and process numbers::
 
@@ -63,10 +63,12 @@ class Host:
             return True
         return False
 
+    def add_address(self, address: str) -> None:
+        """Another address, as those of services are that move from host to host."""
+        _call("ip", "-n", self.name, "address", "add", f"{address}/32", "dev", self.name)
 
-@contextmanager
-def joined_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts; skips the test, by name, where there can be none."""
+
+def _require_hosts() -> None:
     if os.geteuid():
         pytest.skip("needs root, for network namespaces")
     try:
@@ -74,6 +76,38 @@ def joined_hosts() -> Iterator[tuple[Host, Host]]:
             require_tool(tool, "iproute2")
     except CannotFetchError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def switched_hosts() -> Iterator[tuple[Host, Host, Host]]:
+    """A client's host and two others, all in one network; skips the test, by name, where there can be none."""
+    _require_hosts()
+    client, near, far = (
+        Host(f"inc{end}{os.getpid()}", f"192.0.2.{number}") for number, end in ((100, "c"), (1, "a"), (2, "b"))
+    )
+    with ExitStack() as stack:
+        try:
+            for host in (client, near, far):
+                _call("ip", "netns", "add", host.name)
+                stack.callback(_call, "ip", "netns", "del", host.name)
+                _call("ip", "-n", host.name, "link", "set", "lo", "up")
+            _call("ip", "-n", client.name, "link", "add", client.name, "type", "bridge")
+            for host in (near, far):
+                port = ("name", f"{host.name}p", "netns", client.name)
+                _call("ip", "link", "add", "name", host.name, "netns", host.name, "type", "veth", "peer", *port)
+                _call("ip", "-n", client.name, "link", "set", f"{host.name}p", "master", client.name, "up")
+            for host in (client, near, far):
+                _call("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", host.name)
+                host.link("up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"needs networks and a switch: {' '.join(error.cmd)}: {error.stderr.strip()}")
+        yield client, near, far
+
+
+@contextmanager
+def joined_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts; skips the test, by name, where there can be none."""
+    _require_hosts()
     near, far = (Host(f"inc{end}{os.getpid()}", f"192.0.2.{number}") for number, end in ((1, "a"), (2, "b")))
     with ExitStack() as stack:
         try:

@@ -108,7 +108,7 @@ _PAGE_SERVER_OPTIONS = (
 )
 
 
-def _all_of(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def all_of(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator that puts several options on a click command, in their order."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,11 +119,13 @@ def _all_of(options: Sequence[Callable[..., Any]]) -> Callable[[Callable[..., An
     return decorate
 
 
-target_options = _all_of(_TARGET_OPTIONS)
+target_options = all_of(_TARGET_OPTIONS)
 """What to dump, where to, and how, for a click command."""
-dump_options = _all_of(_DUMP_OPTIONS)
+tree_options = all_of((_TARGET_OPTIONS[0], *_TARGET_OPTIONS[2:]))
+"""What to dump, and how, for a click command."""
+dump_options = all_of(_DUMP_OPTIONS)
 """The options of all single dumps, for a click command."""
-page_server_options = _all_of(_PAGE_SERVER_OPTIONS)
+page_server_options = all_of(_PAGE_SERVER_OPTIONS)
 """The options of a command whose pages may go to a page server."""
 
 

@@ -25,7 +25,10 @@ from incdump.errors import IncdumpError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-COMMANDS = ("predump", "dump", "checkpoint", "restore", "precopy", "check", "untrack", "page-server", "doctor")
+COMMANDS = (
+    "predump", "dump", "checkpoint", "restore", "precopy", "migrate", "receive", "check", "untrack", "page-server",
+    "doctor",
+)  # fmt: skip
 ALIASES = {"pre-dump": "predump"}
 """CRIU's name for it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ import click
 
 from incdump.cli.dumping import target_options
 from incdump.cli.invocation import (
-    SECONDS,
     Command,
     Invocation,
     criu_arguments,
@@ -21,15 +19,16 @@ from incdump.cli.invocation import (
     print_json,
     verbose_option,
 )
+from incdump.cli.policy import freeze_timeout_option, policy_options, take_policy
 from incdump.cli.signals import run
 from incdump.model.options import DumpOptions
-from incdump.model.precopy import FINALS, ON_TIMEOUT, PrecopyPolicy
+from incdump.model.precopy import FINALS
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.precopy import PrecopyResult
     from incdump.model.options import Afterwards
-    from incdump.model.precopy import Decision, PrecopyRound
+    from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
 
 _EXAMPLE = """\b
 Examples:
@@ -38,49 +37,15 @@ Examples:
 """
 
 
-class _Duration(click.ParamType):  # type: ignore[type-arg]
-    """A time: a number of seconds, or with a unit, as in ``300ms``, ``5s``, ``10m``, ``1h``."""
-
-    name = "duration"
-    _UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}  # noqa: RUF012
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if isinstance(value, float):
-            return value
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|)", str(value).strip())
-        if match is None or not float(match[1]):
-            self.fail(f"{value!r} is no time: give 300ms, 5s, 10m or 1h", param, ctx)
-        return float(match[1]) * self._UNITS[match[2]]
-
-
-_DURATION = _Duration()
-
-
 @click.command("precopy", cls=Command, epilog=_EXAMPLE)
 @target_options
-@click.option("--downtime", type=_DURATION, default="300ms", show_default=True, help="How long it may stand still.")
-@click.option("--timeout", type=_DURATION, default="10m", show_default=True, help="The loop has to end by then.")
-@click.option(
-    "--on-timeout",
-    type=click.Choice(ON_TIMEOUT),
-    default="cancel",
-    show_default=True,
-    help="What then: leave the target as it is; stop it all the same; or slow it down until the rest is small enough.",
-)
-@click.option("--max-rounds", type=click.IntRange(min=1), metavar="N", help="Stop it after N pre-dumps in any case.")
+@policy_options
 @click.option("--final", type=click.Choice(FINALS), default="dump", show_default=True, help="What comes last.")
 @criu_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards: the default.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
 @click.option("--kill", is_flag=True, help="Kill it once the last images are complete.")
-@click.option(
-    "--freeze-timeout",
-    type=SECONDS,
-    default=10.0,
-    metavar="SECONDS",
-    show_default=True,
-    help="How long to wait for every thread to stop.",
-)
+@freeze_timeout_option
 @criu_arguments
 @json_option
 @verbose_option
@@ -90,10 +55,6 @@ def command(
     /,
     pid: int,
     images_dir: str,
-    downtime: float,
-    timeout: float,
-    on_timeout: Any,
-    max_rounds: int | None,
     final: Any,
     criu: str | None,
     criu_options: tuple[str, ...],
@@ -117,9 +78,7 @@ def command(
     if criu_options and final != "checkpoint":
         raise click.UsageError("what stands after -- is for CRIU: it needs --final checkpoint")
     afterwards: Afterwards = "stopped" if leave_stopped else "killed" if kill else "running"
-    policy = PrecopyPolicy(
-        downtime=downtime, timeout=timeout, on_timeout=on_timeout, max_rounds=max_rounds, final=final
-    )
+    policy = take_policy(given, final)
     options = DumpOptions(
         **given,
         freeze_timeout=freeze_timeout,
@@ -128,7 +87,7 @@ def command(
     check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
     from incdump.engine.precopy import precopy
 
-    report = _Report(invocation, policy)
+    report = Rounds(invocation, policy)
     result = run(
         lambda: precopy(
             pid,
@@ -143,7 +102,7 @@ def command(
     report.end(result)
 
 
-class _Report:
+class Rounds:
     """What is told as the rounds run."""
 
     _HEADINGS = ("round", "pages", "bytes", "time", "written/s", "copied/s", "downtime", "")

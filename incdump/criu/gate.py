@@ -1,10 +1,13 @@
-"""The gate at the end of CRIU's dump: CRIU waits before it, the tree still frozen, until incdump has put its images.
+"""A gate before which CRIU waits until it is told what is to be.
 
-CRIU runs an action script when all its images are written (``post-dump``), and fails, letting the tree run on, if that
-fails. The script here says that it was reached, and waits for a file lock. Who holds that lock is this process; the
-kernel takes it away from it however it ends. So the script never waits for nobody, and if what it finds then is no
-permission to go on, it fails. It also looks before CRIU has stopped anything (``pre-dump``) whether anybody holds the
-lock: a CRIU whose incdump is gone by then does not begin.
+At the end of a dump all its images are written and the tree is still frozen: it waits until incdump has put its own. It
+runs an action script then (``post-dump``), and lets the tree run on if that fails. At the end of a restore the tree is
+complete and does not run yet (``post-restore``): if the script fails, CRIU ends what it has restored.
+
+The script here says that it was reached, and waits for a file lock. Who holds that lock is this process; the kernel
+takes it away from it however it ends. So the script never waits for nobody, and if what it finds then is no permission
+to go on, it fails. It also looks before CRIU has stopped anything (``pre-dump``) whether anybody holds the lock: a CRIU
+whose incdump is gone by then does not begin.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ _SCRIPT = """\
 cd {place} || exit 1
 case "$CRTOOLS_SCRIPT_ACTION" in
     pre-dump) : > begun && ! flock --nonblock lock true ;;
-    post-dump) : > reached && flock lock true && test -e go ;;
+    post-dump|post-restore) : > reached && flock lock true && test -e go ;;
 esac
 """
 

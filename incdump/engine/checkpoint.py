@@ -55,8 +55,9 @@ from incdump.xfer.local import make_buffer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
+    from typing import TypeAlias
 
     import numpy as np
     from numpy.typing import NDArray
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.options import WayName
     from incdump.model.stats import DumpResult, DumpStats
+    from incdump.proc.tree import Task
+
+    AtGate: TypeAlias = Callable[["CheckpointRun", float], Awaitable[None]]
 
 SUBDIR = "criu-unfinished"
 """Where CRIU works, in the images dir."""
@@ -123,9 +127,19 @@ class CheckpointRun(DumpRun):
         options: DumpOptions,
         keeper: Keeper,
         progress: Callable[[str, DumpStats], None] | None,
+        at_gate: AtGate | None = None,
     ) -> None:
+        """
+        :param at_gate: called when all images are complete and the tree still stands; what it raises is raised, and the
+            tree runs on.
+        """
         super().__init__("dump", pid, images_dir, parent, options, keeper, progress)
         self._times = CheckpointTimes()
+        self._at_gate = at_gate
+
+    def tasks(self) -> list[Task]:
+        """The processes that are dumped."""
+        return [process.task for process in self._processes.values() if not process.exited]
 
     async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
@@ -177,6 +191,8 @@ class CheckpointRun(DumpRun):
                 await run.until_gate()
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
                 await in_thread(self._put_in_place, images, place, buffer, break_off=self._break_off)
+                if self._at_gate is not None:
+                    await self._at_gate(self, gate.begun)
                 self._left = self._frozen_now()  # what happens now cannot be taken back
             except BaseException as error:
                 gate.open(may_pass=False)
@@ -245,7 +261,7 @@ class CheckpointRun(DumpRun):
         return {**super()._meta(), "kind": "checkpoint"}
 
     def _frozen_now(self) -> Frozen:
-        tasks = [FrozenTask(p.task.pid, p.task.threads, "S") for p in self._processes.values() if not p.exited]
+        tasks = [FrozenTask(task.pid, task.threads, "S") for task in self.tasks()]
         return Frozen(tuple(tasks), (), 0, time.monotonic_ns())
 
     def _conclude(self, images: NewImagesDir, place: Path, status: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from incdump.engine.sent_image import Sending
 from incdump.engine.stored_image import Storing
+from incdump.errors import XferError
 from incdump.xfer.block_client import BlockClient
 from incdump.xfer.page_client import PageClient
 from incdump.xfer.sockets import connect
@@ -29,6 +30,8 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
     client = PageClient(address, port, timeout=timeout, tls=options.tls)
     try:
         if options.page_server_protocol == "criu" or not client.speaks_blocks():
+            if options.migration is not None:
+                raise XferError(f"the receiver at {client.server} does not speak incdump's protocol")
             return Sending(client)
     except BaseException:
         client.close()

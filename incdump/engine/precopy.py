@@ -99,7 +99,7 @@ async def precopy(
     options = options or DumpOptions()
     if options.page_server is not None:
         raise XferError("the rounds of precopy go to directories: use predump and dump with a page server")
-    run = _Loop(pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round)
+    run = Loop(pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round)
     return await run.run(criu, criu_options)
 
 
@@ -115,7 +115,9 @@ class _Keeper(HolderKeeper):
             return super().acquire(pid, start_time, renew=renew)
 
 
-class _Loop:
+class Loop:
+    """One run of the loop."""
+
     def __init__(
         self,
         pid: int,
@@ -188,7 +190,7 @@ class _Loop:
         started = time.monotonic() - self._began
         parent = f"../{number - 1}" if number > 1 else None
         options = replace(self._options, afterwards="running")
-        keeper = _Keeper(self._throttle.turn)
+        keeper = self._make_keeper()
         try:
             run = DumpRun("pre-dump", self._pid, self._path / str(number), parent, options, keeper)
             self._last = await run.run()
@@ -209,15 +211,24 @@ class _Loop:
     async def _finish(self, criu: str | None, criu_options: Sequence[str]) -> None:
         number = len(self._result.rounds) + 1
         parent = f"../{number - 1}" if number > 1 else None
+        final = await self._last_dump(self._path / str(number), parent, criu, criu_options)
+        self._note(final)
+        self._result.final = final
+        self._result.downtime = (final.stats.freezing_time + final.stats.frozen_time) / 1e6
+
+    def _make_keeper(self) -> HolderKeeper:
+        return _Keeper(self._throttle.turn)
+
+    async def _last_dump(
+        self, images_dir: Path, parent: str | None, criu: str | None, criu_options: Sequence[str]
+    ) -> DumpResult:
         call: Any = dump
         if self._policy.final == "checkpoint":
             from incdump.engine.checkpoint import checkpoint  # only where there is CRIU
 
             call = partial(checkpoint, criu=criu, criu_options=criu_options)
-        final = await call(self._pid, self._path / str(number), parent=parent, options=self._options)
-        self._note(final)
-        self._result.final = final
-        self._result.downtime = (final.stats.freezing_time + final.stats.frozen_time) / 1e6
+        result: DumpResult = await call(self._pid, images_dir, parent=parent, options=self._options)
+        return result
 
     def _did_not_converge(self, decision: Decision) -> DidNotConverge:
         now = decision.estimate

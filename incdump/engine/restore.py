@@ -1,4 +1,8 @@
-"""Bringing a checkpoint back to life: the chain is proved first, then ``criu restore`` does it."""
+"""Bringing a checkpoint back to life: the chain is proved first, then ``criu restore`` does it.
+
+`restore` does it at once. `HeldRestore` has the tree stand, complete, until it is told that it may run, or is not to
+be: the end of a migration.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import TYPE_CHECKING
 import aiofiles
 import anyio
 
+from incdump.criu.gate import Gate
 from incdump.criu.program import failure, find
 from incdump.engine.check import check
 from incdump.engine.threads import in_thread
@@ -24,6 +29,8 @@ from incdump.model.stats import RestoreResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from incdump.criu.program import Criu
 
 LOG = "criu-restore.log"
 STATS = "stats-restore"
@@ -49,26 +56,110 @@ async def restore(
     :raises incdump.errors.CriuError: CRIU is missing or failed; its reason is in the message.
     """
     program = await in_thread(find, criu)
-    images = await in_thread(_prove, images_dir)
+    images = await in_thread(prove, images_dir)
     with tempfile.TemporaryDirectory(prefix="incdump-restore-") as place:
         pid_path = Path(place) / "pid"
-        with suppress(FileNotFoundError):
-            (images / STATS).unlink()
-        command = [program.path, "restore", "--images-dir", str(images), "--log-file", LOG, "--pidfile", str(pid_path)]
+        command = _command(program, images, pid_path)
         command += ["--restore-detached"] if detached else []
         status = await _run([*command, *criu_options])
-        if status:
-            raise failure(program, status, f"restoring {images}", images / LOG, path=images)
-        pid = int(await _read(pid_path))
+        result = await _result(program, images, pid_path, status)
     if pidfile is not None:
-        await _write(pidfile, b"%d\n" % pid)
+        await _write(pidfile, b"%d\n" % result.pid)
+    return result
+
+
+def _command(program: Criu, images: Path, pid_path: Path) -> list[str]:
+    with suppress(FileNotFoundError):
+        (images / STATS).unlink()
+    return [program.path, "restore", "--images-dir", str(images), "--log-file", LOG, "--pidfile", str(pid_path)]
+
+
+async def _result(program: Criu, images: Path, pid_path: Path, status: int) -> RestoreResult:
+    """What CRIU has done, by its exit status.
+
+    :raises incdump.errors.CriuError: it has failed.
+    """
+    if status:
+        raise failure(program, status, f"restoring {images}", images / LOG, path=images)
+    pid = int(await _read(pid_path))
     stats = images / STATS
     times = decode_restore_stats(await _read(stats), stats) if stats.exists() else {}
     return RestoreResult(images_dir=str(images), pid=pid, criu=str(program), **times)
 
 
-def _prove(images_dir: str | os.PathLike[str]) -> Path:
+class HeldRestore:
+    """A restore in two steps. Whoever is killed between them, or ends without the second, the tree is not there.
+
+    :ivar runs: whether the tree runs.
     """
+
+    def __init__(self, images: Path, program: Criu, criu_options: Sequence[str]) -> None:
+        """
+        :param images: a checkpoint, proved (`prove`).
+        """
+        self._images = images
+        self._program = program
+        self._options = criu_options
+        self._place: tempfile.TemporaryDirectory[str] | None = None
+        self._gate: Gate | None = None
+        self._process: anyio.abc.Process | None = None
+        self.runs = False
+
+    async def until_ready(self) -> None:
+        """Restore all but the running.
+
+        :raises incdump.errors.CriuError: CRIU failed. Nothing is left of the tree.
+        """
+        # Among the images, from where programs can be executed if they can be at all.
+        self._place = tempfile.TemporaryDirectory(prefix="criu-restore-", dir=self._images)
+        self._gate = Gate(Path(self._place.name))
+        command = _command(self._program, self._images, self._pid_path)
+        command += ["--restore-detached", "--action-script", str(self._gate.script)]
+        self._process = await anyio.open_process(
+            [*command, *self._options], stdin=None, stdout=None, stderr=subprocess.DEVNULL
+        )
+        while not self._gate.is_reached:
+            if self._process.returncode is not None:
+                await _result(self._program, self._images, self._pid_path, self._process.returncode or 1)
+            await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    @property
+    def _pid_path(self) -> Path:
+        assert self._place is not None
+        return Path(self._place.name) / "pid"
+
+    async def go(self) -> RestoreResult:
+        """Let the tree run. Waits until it does, whoever is cancelled meanwhile.
+
+        :raises incdump.errors.CriuError: CRIU failed. Nothing is left of the tree.
+        """
+        assert self._gate is not None
+        assert self._process is not None
+        self._gate.open(may_pass=True)
+        with anyio.CancelScope(shield=True):
+            status = await self._process.wait()
+            self.runs = status == 0
+            return await _result(self._program, self._images, self._pid_path, status)
+        raise AssertionError  # a shielded scope swallows nothing
+
+    async def close(self) -> None:
+        """Undo it, if the tree does not run yet. Waits, whoever is cancelled meanwhile."""
+        with anyio.CancelScope(shield=True):
+            if self._gate is not None:
+                self._gate.close()
+            if self._process is not None:
+                if self._process.returncode is None and not (self._gate and self._gate.is_reached):
+                    with suppress(ProcessLookupError):
+                        self._process.send_signal(signal.SIGTERM)
+                await self._process.wait()
+                await self._process.aclose()
+            if self._place is not None:
+                self._place.cleanup()
+
+
+def prove(images_dir: str | os.PathLike[str]) -> Path:
+    """Make sure that there is a checkpoint. Blocks.
+
     :returns: the directory, absolute.
     :raises incdump.errors.ImagesError: this is nothing to restore from.
     """

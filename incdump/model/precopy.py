@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 OnTimeout: TypeAlias = Literal["cancel", "force", "throttle"]
 Final: TypeAlias = Literal["dump", "checkpoint", "none"]
+IfUnknown: TypeAlias = Literal["stop", "run"]
 Verdict: TypeAlias = Literal["go on", "stop", "cancel", "throttle"]
 
 ON_TIMEOUT: tuple[OnTimeout, ...] = ("cancel", "force", "throttle")
 FINALS: tuple[Final, ...] = ("dump", "checkpoint", "none")
+IF_UNKNOWN: tuple[IfUnknown, ...] = ("stop", "run")
 
 _WEIGHT = 0.5
 """Of the newest round in the weighted means: three rounds ago counts an eighth."""

@@ -18,15 +18,19 @@ Wrap: TypeAlias = Callable[[socket.socket], socket.socket]
 SILENT = (BlockingIOError, TimeoutError)
 """What a call on a connection fails with when its time is over."""
 _CONNECT_TIMEOUT = 10.0
+_PROGRAMS = {"page server": "incdump page-server, criu page-server", "receiver": "incdump receive"}
 _LONGEST = 1e8
 """Three years: what the kernel takes for a timeout."""
 
 
-def connect(address: str, port: int, timeout: float, tls: TlsFiles | None = None) -> socket.socket:
-    """Connect to a page server. Blocks.
+def connect(
+    address: str, port: int, timeout: float, tls: TlsFiles | None = None, *, server: str = "page server"
+) -> socket.socket:
+    """Connect to a page server, or to a receiver. Blocks.
 
     :param timeout: seconds for which it may take nothing, or not answer; see `limit_calls`.
     :param tls: for an encrypted connection.
+    :param server: what it is, for people.
     :raises XferError: there is no server, or it is not the one that it should be.
     """
     wrap = None
@@ -39,8 +43,7 @@ def connect(address: str, port: int, timeout: float, tls: TlsFiles | None = None
     except (OSError, UnicodeError) as error:
         reason, number = why(error)
         raise XferError(
-            f"no page server at {address} port {port}: {reason}; start one there (incdump page-server, "
-            "criu page-server)",
+            f"no {server} at {address} port {port}: {reason}; start one there ({_PROGRAMS[server]})",
             errno=number,
         ) from error
     if wrap is not None:

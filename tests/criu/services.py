@@ -168,12 +168,12 @@ class Service:
 
         until(holds_or_ended, seconds)
 
-    def until_listening(self, port: int) -> None:
+    def until_listening(self, port: int, host: str = HOST) -> None:
         """Wait until it takes connections."""
 
         def listens() -> bool:
             with socket.socket() as sock:
-                return sock.connect_ex((HOST, port)) == 0
+                return sock.connect_ex((host, port)) == 0
 
         self.until(listens)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import socket
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,8 +36,8 @@ def value(key: str, number: int) -> bytes:
 class Client:
     """A connection to Redis, in its own protocol, with many commands on the way at once."""
 
-    def __init__(self) -> None:
-        self._socket = socket.create_connection((HOST, PORT))
+    def __init__(self, host: str = HOST) -> None:
+        self._socket = socket.create_connection((host, PORT))
         self._answers = self._socket.makefile("rb")
 
     def close(self) -> None:
@@ -70,20 +71,24 @@ class Writer(Load):
     """Writes numbered values over one connection, and notes what was acknowledged.
 
     :ivar acknowledged: the number of the last acknowledged write of each key.
+    :ivar longest: that it has waited for an answer, seconds.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, host: str = HOST) -> None:
         super().__init__()
+        self.longest = 0.0
         self.name = name
         self.acknowledged: dict[str, int] = {}
-        self._client = Client()
+        self._client = Client(host)
         self._numbers = itertools.count()
         self.begin()
 
     def work(self) -> None:
         """Some writes."""
         batch = [(f"{self.name}:{number % KEYS}", number) for number in itertools.islice(self._numbers, BATCH)]
+        began = time.monotonic()
         answers = self._client.ask([("SET", key, value(key, number)) for key, number in batch])
+        self.longest = max(self.longest, time.monotonic() - began)
         assert answers == [b"OK"] * BATCH
         self.acknowledged.update(batch)
 
@@ -99,19 +104,35 @@ def chunks(keys: Iterable[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], .
         yield chunk
 
 
-def preloaded() -> Iterator[tuple[str, int]]:
-    return ((f"preloaded:{number}", number) for number in range(PRELOADED))
+def preloaded(count: int = PRELOADED) -> Iterator[tuple[str, int]]:
+    return ((f"preloaded:{number}", number) for number in range(count))
 
 
-def assert_everything_is_there(writers: list[Writer]) -> None:
+def preload(count: int = PRELOADED, host: str = HOST) -> None:
+    """Have Redis hold something to begin with."""
+    loader = Client(host)
+    for chunk in chunks(preloaded(count)):
+        loader.ask([("SET", key, value(key, number)) for key, number in chunk])
+    loader.close()
+
+
+def configuration(directory: Path, host: str = HOST) -> Path:
+    """A configuration file for a server that keeps everything in its memory only."""
+    config = directory / "redis.conf"
+    lines = [f"bind {host}", f"port {PORT}", "protected-mode no", "daemonize no", 'save ""', "appendonly no"]
+    config.write_text("\n".join([*lines, f"dir {directory}", ""]))
+    return config
+
+
+def assert_everything_is_there(writers: list[Writer], count: int = PRELOADED, host: str = HOST) -> None:
     """Redis holds exactly what it has acknowledged."""
-    client = Client()
-    wanted = itertools.chain(preloaded(), *(writer.acknowledged.items() for writer in writers))
+    client = Client(host)
+    wanted = itertools.chain(preloaded(count), *(writer.acknowledged.items() for writer in writers))
     for chunk in chunks(wanted):
         held = client.ask([("GET", key) for key, _ in chunk])
         wrong = [key for (key, number), got in zip(chunk, held, strict=True) if got != value(key, number)]
         assert not wrong, f"{len(wrong)} of {len(chunk)} keys: {wrong[:5]}"
-    held_keys = PRELOADED + sum(len(writer.acknowledged) for writer in writers)
+    held_keys = count + sum(len(writer.acknowledged) for writer in writers)
     assert client.ask([("DBSIZE",)]) == [str(held_keys).encode()]
     client.close()
 
@@ -128,14 +149,9 @@ def test_what_redis_has_acknowledged_is_there_after_its_restore(images_root: Pat
     own_network()
     directory = images_root / "redis"
     directory.mkdir()
-    config = directory / "redis.conf"
-    config.write_text(f'bind {HOST}\nport {PORT}\ndaemonize no\nsave ""\nappendonly no\ndir {directory}\n')
-    with Service([redis, config], directory, criu_options=TCP_LIVES_ON) as service:
+    with Service([redis, configuration(directory)], directory, criu_options=TCP_LIVES_ON) as service:
         service.until_listening(PORT)
-        loader = Client()
-        for chunk in chunks(preloaded()):
-            loader.ask([("SET", key, value(key, number)) for key, number in chunk])
-        loader.close()
+        preload()
         writers = [Writer(f"writer-{n}") for n in range(WRITERS)]
         for way in ("leash", "lazy-pages"):
             for _ in range(3):

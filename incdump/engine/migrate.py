@@ -1,0 +1,387 @@
+"""Moving a running process tree to another host: the source's end (`incdump.engine.receive` is the other).
+
+    conversation          what it needs · problems?                         before anything is done
+    the pre-copy loop     pre-dumps to the receiver, until the rest is small
+    the checkpoint        the tree stands still; all that is left goes over
+      at CRIU's gate        restore ▶ ready · go ▶ runs                     it stands here, and there
+    CRIU kills it here
+
+The tree here stands at CRIU's gate while it is restored over there, and is killed when the receiver has said that it
+runs. Whatever fails before that, and whoever is killed, it goes on here, as after any checkpoint that failed. There is
+one moment in which this end cannot know: when it has said ``go``, and the connection dies before the answer. Then it
+asks, on new connections, for as long as it was told to. If it cannot find out, the tree is left stopped here
+(`incdump.errors.OutcomeUnknown`), since it may run over there; or, if that was asked for, goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+
+from incdump.criu.program import find
+from incdump.engine.checkpoint import CheckpointRun
+from incdump.engine.conversation import conversation
+from incdump.engine.hooks import call_hook
+from incdump.engine.precopy import Loop
+from incdump.engine.requirements import describe
+from incdump.engine.threads import in_thread
+from incdump.errors import (
+    CannotMigrate,
+    ConnectionLost,
+    IncdumpError,
+    MigrationError,
+    OutcomeUnknown,
+    ProtocolError,
+    XferError,
+)
+from incdump.model.options import DumpOptions
+from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
+from incdump.proc.identity import Identity, boot_id, is_same
+from incdump.proc.tree import check_target
+from incdump.xfer.control import MIGRATE, VERSION, Control
+from incdump.xfer.sockets import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from incdump.criu.program import Criu
+    from incdump.engine.conversation import Conversation
+    from incdump.model.precopy import Decision, IfUnknown, PrecopyRound, Rule
+    from incdump.model.stats import DumpResult
+    from incdump.proc.tree import Task
+
+_ASK_AGAIN = 0.5
+_ASK_TIMEOUT = 5.0
+
+
+@dataclass(slots=True)
+class MigrateResult:
+    """The outcome of a migration.
+
+    :ivar pid: the root of the tree: here, and over there.
+    :ivar receiver: address and port.
+    :ivar outcome: ``"runs"``: the tree runs over there, and is gone here; ``"stored"``: the receiver does not restore,
+        has a checkpoint, and the tree runs on here.
+    :ivar rounds: the pre-dumps.
+    :ivar decision: the last one.
+    :ivar final: the checkpoint.
+    :ivar downtime: seconds, by the clock of this host, from the moment when CRIU began to stop the tree until the news
+        came that it runs over there (or, stored only, until it ran on here).
+    :ivar parts: how that divides, seconds: ``"copy"``: until all images were over there; ``"restore"``: until the tree
+        stood there, complete; ``"switch"``: until it ran.
+    :ivar hottest: the mappings that were written most in the last round, if the rounds no longer shrank, for people.
+    :ivar seconds: in all.
+    """
+
+    pid: int
+    receiver: str
+    outcome: Literal["runs", "stored"] = "stored"
+    rounds: list[PrecopyRound] = field(default_factory=list)
+    decision: Decision | None = None
+    final: DumpResult | None = None
+    downtime: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    hottest: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+
+async def migrate(
+    pid: int,
+    address: str,
+    port: int,
+    *,
+    policy: PrecopyPolicy | None = None,
+    options: DumpOptions | None = None,
+    rule: Rule = should_stop,
+    freezes: Sequence[Freeze] = (),
+    on_round: Callable[[PrecopyRound, Decision], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
+    criu: str | None = None,
+    criu_options: Sequence[str] = (),
+    hook: Sequence[str] = (),
+    if_unknown: IfUnknown = "stop",
+    asking: float = 60.0,
+) -> MigrateResult:
+    """Move a process tree to where an `incdump.Receiver` listens.
+
+    :param pid: the root of the tree.
+    :param policy: when to stop it, as for `incdump.precopy`.
+    :param options: for every dump; ``options.tls`` is used for all connections.
+    :param rule: decides after each round.
+    :param freezes: earlier migrations of such a tree.
+    :param on_round: called with each round, and what was decided.
+    :param on_step: called with a word for each step of the end: ``"stopped"``, ``"restore"``, ``"go"``, ``"runs"``,
+        ``"asking"``.
+    :param criu: CRIU's program; None: where it is installed.
+    :param criu_options: further options for ``criu dump``, for example ``--tcp-established``.
+    :param hook: a program, and its arguments, that is called at each step (`incdump.engine.hooks`): ``stopped``, when
+        all images are over there and the tree stands still; ``moved``; ``failed``, if it goes on here after all.
+    :param if_unknown: what becomes of the tree here when it cannot be found out whether it runs over there.
+    :param asking: seconds for which it is tried to find out, the tree standing still.
+    :raises incdump.errors.CannotMigrate: the receiver's host lacks something: nothing was begun.
+    :raises incdump.errors.MigrationError: it failed over there; the tree goes on here.
+    :raises incdump.errors.OutcomeUnknown: see `if_unknown`.
+    :raises incdump.errors.DidNotConverge: as for `incdump.precopy`.
+    :raises incdump.errors.IncdumpError: as for `incdump.checkpoint`; the tree goes on here.
+    """
+    began = time.monotonic()
+    options = options or DumpOptions()
+    source = _Source(pid, address, port, options, hook, on_step or _tell_nobody, if_unknown, asking)
+    await in_thread(check_target, pid)
+    program = await in_thread(find, criu)
+    control = await in_thread(source.connect, options.page_server_timeout)
+    async with conversation(control) as talk:
+        await source.introduce(talk, program)
+        with tempfile.TemporaryDirectory(prefix="incdump-migrate-") as place:
+            loop = _Loop(
+                pid,
+                Path(place),
+                replace(policy or PrecopyPolicy(), final="checkpoint"),
+                replace(
+                    options,
+                    page_server=(address, port),
+                    migration=source.token,
+                    afterwards="killed" if source.restores else "running",
+                ),
+                rule,
+                freezes,
+                on_round,
+            )
+            loop.switch = partial(source.switch, talk)
+            try:
+                result = await loop.run(program.path, criu_options)
+            except BaseException as error:
+                with anyio.CancelScope(shield=True):
+                    await source.conclude(talk, error)
+                raise
+            await source.conclude(talk, None)
+    if source.downtime is None and result.final is not None:
+        source.downtime = (result.final.stats.freezing_time + result.final.stats.frozen_time) / 1e6
+    return MigrateResult(
+        pid=pid,
+        receiver=source.receiver,
+        outcome="runs" if source.restores else "stored",
+        rounds=result.rounds,
+        decision=result.decision,
+        final=result.final,
+        downtime=source.downtime,
+        parts=source.parts,
+        hottest=result.hottest,
+        seconds=time.monotonic() - began,
+        warnings=[*result.warnings, *(result.final.warnings if result.final else ()), *source.warnings],
+    )
+
+
+def _tell_nobody(_: str) -> None:
+    pass
+
+
+class _Loop(Loop):
+    """The pre-copy loop, with a last dump that ends over there."""
+
+    switch: Callable[[int, CheckpointRun, float], Awaitable[None]]
+
+    async def _last_dump(
+        self, images_dir: Path, parent: str | None, criu: str | None, criu_options: Sequence[str]
+    ) -> DumpResult:
+        keeper = self._make_keeper()
+        try:
+            at_gate = partial(self.switch, int(images_dir.name))
+            run = CheckpointRun(self._pid, images_dir, parent, self._options, keeper, None, at_gate)
+            return await run.with_criu(criu, criu_options, "auto")
+        finally:
+            keeper.close()
+
+
+class _Source:
+    """This end of the migration.
+
+    :ivar token: by which the receiver knows what belongs to it.
+    :ivar restores: whether the receiver restores.
+    :ivar downtime: see `MigrateResult`.
+    """
+
+    def __init__(
+        self,
+        pid: int,
+        address: str,
+        port: int,
+        options: DumpOptions,
+        hook: Sequence[str],
+        on_step: Callable[[str], None],
+        if_unknown: IfUnknown,
+        asking: float,
+    ) -> None:
+        self._pid = pid
+        self._where = address, port
+        self._options = options
+        self._hook = hook
+        self._tell = on_step
+        self._if_unknown = if_unknown
+        self._asking = asking
+        self._is_there = False
+        self._was_stopped = False
+        self._tasks: list[Task] = []
+        self.receiver = f"{address} port {port}"
+        self.token = ""
+        self.restores = False
+        self.downtime: float | None = None
+        self.parts: dict[str, float] = {}
+        self.warnings: list[str] = []
+
+    def connect(self, timeout: float) -> Control:
+        """Begin a conversation. Blocks.
+
+        :raises incdump.errors.XferError: there is no receiver.
+        """
+        try:
+            connection = connect(*self._where, timeout, self._options.tls)
+        except XferError as error:
+            text = str(error).replace("page server", "receiver")
+            raise XferError(
+                text.partition(";")[0] + "; start one there (incdump receive)", errno=error.errno
+            ) from error
+        control = Control(connection, f"the receiver at {self.receiver}", timeout)
+        try:
+            connection.sendall(MIGRATE)
+        except OSError as error:
+            control.close()
+            raise ConnectionLost(f"the receiver at {self.receiver} hung up: {error.strerror}") from error
+        return control
+
+    async def introduce(self, talk: Conversation, criu: Criu) -> None:
+        """Say what is to come, and hear whether it can be taken.
+
+        :raises incdump.errors.CannotMigrate: it cannot.
+        """
+        tree = await in_thread(describe, self._pid, criu)
+        await talk.say("migrate", version=VERSION, tree=tree)
+        try:
+            answer = await talk.hear()
+        except (ProtocolError, ConnectionLost) as error:
+            raise XferError(f"{error}: is it incdump receive that listens at {self.receiver}?") from error
+        if answer["say"] == "failed":
+            raise CannotMigrate(f"the receiver at {self.receiver} refuses: {answer.get('why')}", pid=self._pid)
+        problems = tuple(map(str, answer.get("problems") or ()))
+        if problems:
+            raise CannotMigrate(
+                f"process {self._pid} cannot be moved to {self.receiver}: {'; '.join(problems)}",
+                pid=self._pid,
+                problems=problems,
+            )
+        self.token, self.restores = str(answer.get("token")), answer.get("restores") is True
+
+    # -- the switch ------------------------------------------------------------------------------------------------
+
+    async def switch(self, talk: Conversation, number: int, run: CheckpointRun, begun: float) -> None:
+        """Everything is over there, and the tree stands here: have it run there.
+
+        :param number: of the images dir.
+        :param begun: when CRIU began to stop it, as `time.time` has it.
+        :raises incdump.errors.MigrationError: it does not run there.
+        """
+        sent = time.time()
+        self._tasks = run.tasks()
+        self._was_stopped = True
+        self._tell("stopped")
+        await call_hook(self._hook, "stopped", self._pid)
+        self._tell("restore")
+        await talk.say("restore", number=number)
+        answer = await talk.hear()
+        if not self.restores:
+            self._expect(answer, "stored")
+            return
+        self._expect(answer, "ready")
+        ready = time.time()
+        self._tell("go")
+        with anyio.CancelScope(shield=True):  # from the word "go" until it is known what has come of it
+            await self._go(talk)
+        runs = time.time()
+        self._is_there = True
+        self._tell("runs")
+        self.downtime = runs - begun
+        self.parts = {"copy": sent - begun, "restore": ready - sent, "switch": runs - ready}
+
+    def _expect(self, answer: dict[str, Any], what: str) -> None:
+        if answer["say"] == "failed":
+            raise MigrationError(
+                f"process {self._pid} cannot run at {self.receiver}, and goes on here: {answer.get('why')}",
+                pid=self._pid,
+            )
+        if answer["say"] != what:
+            raise ProtocolError(f"the receiver at {self.receiver} says {answer['say']!r} instead of {what!r}")
+
+    async def _go(self, talk: Conversation) -> None:
+        try:
+            await talk.say("go")
+            self._expect(await talk.hear(), "runs")
+        except XferError as error:
+            if not await self._ask(error):
+                raise MigrationError(
+                    f"process {self._pid} goes on here, and does not run at {self.receiver}: {error}", pid=self._pid
+                ) from error
+
+    async def _ask(self, why: XferError) -> bool:
+        """Whether it runs over there; it never will if not.
+
+        :raises incdump.errors.OutcomeUnknown: that cannot be found out.
+        """
+        self._tell("asking")
+        with anyio.move_on_after(self._asking):
+            while True:
+                with suppress(XferError):
+                    control = await in_thread(self.connect, min(_ASK_TIMEOUT, self._options.page_server_timeout))
+                    async with conversation(control) as talk:
+                        await talk.say("outcome", token=self.token)
+                        answer = await talk.hear()
+                    if answer["say"] in ("runs", "void"):
+                        return bool(answer["say"] == "runs")
+                    break  # another receiver by now, which does not know
+                await anyio.sleep(_ASK_AGAIN)
+        raise self._unknown(why)
+
+    def _unknown(self, why: XferError) -> OutcomeUnknown:
+        text = f"it is not known whether process {self._pid} runs at {self.receiver} ({why}); here it "
+        if self._if_unknown == "run":
+            return OutcomeUnknown(text + "goes on: make sure that it does not run twice", pid=self._pid)
+        for task in self._tasks:
+            with suppress(ProcessLookupError):
+                os.kill(task.pid, signal.SIGSTOP)
+        pids = " ".join(str(task.pid) for task in self._tasks)
+        text += f"is left stopped. If it runs there: kill -KILL {pids}; if not: kill -CONT {pids}"
+        return OutcomeUnknown(text, pid=self._pid)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    async def conclude(self, talk: Conversation, error: BaseException | None) -> None:
+        """Tell the receiver, and the hook, what has come of it here."""
+        if self._is_there:
+            await in_thread(self._end_here)
+            with suppress(IncdumpError):
+                await talk.say("done")
+        elif error is not None:
+            with suppress(IncdumpError):
+                await talk.say("failed", why=str(error) or type(error).__name__)
+        step = "moved" if self._is_there else "failed" if error is not None and self._was_stopped else None
+        if step is not None and not isinstance(error, OutcomeUnknown):
+            try:
+                await call_hook(self._hook, step, self._pid)
+            except MigrationError as problem:
+                self.warnings.append(str(problem))
+
+    def _end_here(self) -> None:
+        """CRIU has killed the tree. Make sure of it: it runs over there. Blocks."""
+        for task in self._tasks:
+            if is_same(Identity(task.pid, task.start_time, boot_id())):
+                with suppress(ProcessLookupError):
+                    os.kill(task.pid, signal.SIGKILL)
