@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import select
 import socket
 import struct
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 _PIECE = 1 << 16
+_NOTICED = 0.2
+"""Seconds: TCP's least time after which it sends something once more."""
 
 
 class Proxy:
@@ -23,11 +26,14 @@ class Proxy:
     :ivar port: to connect to.
     """
 
-    def __init__(self, port: int, *, delay: float = 0.0) -> None:
+    def __init__(self, port: int, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """
         :param port: the server's.
         :param delay: seconds that each piece takes, in each direction.
+        :param loss: part of the pieces that have to be sent once more, which takes a sender some time to notice.
         """
+        self._loss = loss
+        self._chance = random.Random(1)
         self._server = port
         self._delay = delay
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -93,6 +99,8 @@ class Proxy:
                         return
                     if self._delay:
                         time.sleep(self._delay)
+                    if self._chance.random() < self._loss:
+                        time.sleep(_NOTICED)
                     if end is client:
                         server.sendall(data)
                     elif self._answers:

@@ -96,6 +96,12 @@ class Conversation:
         finally:
             self._lost.set()
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._control.close()
+        self._in.close()
+        self._out.close()
+
     async def beat(self) -> None:
         """Say all the time that one is still there."""
         with suppress(ConnectionLost):  # who listens notices
@@ -119,4 +125,4 @@ async def conversation(control: Control) -> AsyncIterator[Conversation]:
     except BaseExceptionGroup as group:
         raise first_cause(group) from None
     finally:
-        control.close()
+        talk.close()

@@ -28,7 +28,7 @@ from incdump.engine.hooks import call_hook
 from incdump.engine.listener import Listener
 from incdump.engine.page_server import PageServerOptions, Sessions
 from incdump.engine.pipeline import first_cause
-from incdump.engine.requirements import problems
+from incdump.engine.requirements import problems, who
 from incdump.engine.restore import HeldRestore, prove
 from incdump.engine.threads import in_thread
 from incdump.errors import CannotMigrate, ImagesDirInUse, IncdumpError, MigrationError, ProtocolError
@@ -313,10 +313,18 @@ class _Arrival:
 
     def hand_over(self, client: Client) -> bool:
         """Have a client's session served; False if there is no place for it."""
-        with suppress(anyio.WouldBlock):
+        with suppress(anyio.WouldBlock, anyio.ClosedResourceError, anyio.BrokenResourceError):
             self._put.send_nowait(client)
             return True
         return False
+
+    def _turn_away(self) -> None:
+        """No more clients; those that wait are not served."""
+        with suppress(anyio.WouldBlock, anyio.EndOfStream):
+            while True:
+                self._clients.receive_nowait().close()
+        self._put.close()
+        self._clients.close()
 
     def make_void(self) -> None:
         """If it is not certain yet that it will run here, it will not."""
@@ -343,6 +351,7 @@ class _Arrival:
                 with anyio.CancelScope(shield=True):
                     await in_thread(self._remove)
             self.decided.set()
+            self._turn_away()
         if self.state == "void" and self._was_begun:
             self._warning = await self._hook_after("failed")
         last = self._rounds[-1] if self._rounds and self.state != "void" else None
@@ -360,8 +369,7 @@ class _Arrival:
 
     async def _receive(self, talk: Conversation, tree: object) -> None:
         lacks = await in_thread(problems, tree, self._criu)
-        if isinstance(tree, dict):
-            self._pid, self._comm = int(tree.get("pid", 0)), str(tree.get("comm", ""))
+        self._pid, self._comm = who(tree)
         about = {"restores": self._criu is not None, "criu": None if self._criu is None else str(self._criu)}
         await talk.say("welcome", token=self.token, problems=lacks, **about)
         if lacks:
@@ -385,7 +393,7 @@ class _Arrival:
         said = await talk.hear()
         if said["say"] == "failed":
             raise MigrationError(f"the source has given it up: {said.get('why')}")
-        if said["say"] != "restore" or said.get("number") != len(self._rounds):
+        if said["say"] != "restore" or not self._rounds or said.get("number") != len(self._rounds):
             raise ProtocolError(f"the source says {said['say']!r} after {len(self._rounds)} rounds")
         if self._criu is None:
             self.state = "stored"

@@ -126,6 +126,18 @@ def _facts(path: str) -> dict[str, Any] | None:
         os.close(fd)
 
 
+def who(tree: object) -> tuple[int, str]:
+    """The root's process number, and command name, of what `describe` said.
+
+    :raises incdump.errors.ProtocolError: that makes no sense.
+    """
+    if isinstance(tree, dict):
+        pid, comm = tree.get("pid"), tree.get("comm")
+        if isinstance(pid, int) and isinstance(comm, str):
+            return pid, comm
+    raise ProtocolError("the tree that is to come is not described")
+
+
 def problems(tree: object, criu: Criu | None) -> list[str]:
     """What this host lacks for a tree to be restored here, a line each, for people at the other end. Blocks.
 
@@ -133,13 +145,11 @@ def problems(tree: object, criu: Criu | None) -> list[str]:
     :param criu: that will restore it; None: it will not be restored here.
     :raises incdump.errors.ProtocolError: that makes no sense.
     """
-    if not isinstance(tree, dict):
-        raise ProtocolError("the tree that is to come is not described")
+    who(tree)
+    assert isinstance(tree, dict)
     try:
-        if criu is None:
-            return []
-        return list(_problems(tree, criu))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return [] if criu is None else list(_problems(tree, criu))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ProtocolError("the tree that is to come is described in a way that makes no sense") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import pytest
 import incdump
 from incdump import CannotMigrate, DumpOptions, MigrationError, OutcomeUnknown, PrecopyPolicy
 from tests import command
+from tests.certificates import Authority
 from tests.command import is_untouched, refused
 from tests.criu.arrivals import receiving
 from tests.criu.criu import criu_path, exists, restorable_churn, until
@@ -137,6 +139,62 @@ def test_a_hook_that_fails_keeps_the_tree_here(images_root: Path) -> None:
         runs_here(target, there)
         target.quit()
     assert list((images_root / "arriving").iterdir()) == []
+
+
+@in_own_namespaces
+def test_it_moves_over_tls_and_nobody_else_is_let_in(images_root: Path) -> None:
+    authority, stranger = (Authority(images_root / name) for name in ("authority", "stranger"))
+    files = authority.signs("127.0.0.1")
+    tls = ("--tls", "--tls-cacert", files.cacert, "--tls-cert", files.cert, "--tls-key", files.key)
+    with (
+        restorable_churn(images_root, seed=83, mib=4) as target,
+        receiving(images_root / "arriving", *tls) as there,
+    ):
+        target.step(20)
+        for other in (None, replace(stranger.signs("client"), cacert=files.cacert)):
+            with pytest.raises(incdump.XferError):
+                migrate(target, there.port, options=DumpOptions(page_server_timeout=3, tls=other))
+            runs_here(target, there)
+        migrate(target, there.port, options=DumpOptions(tls=authority.signs("client")))
+        runs_there(target, there)
+        target.quit()
+
+
+@in_own_namespaces
+def test_it_moves_over_a_slow_link_that_loses_packets(images_root: Path) -> None:
+    """20 ms each way; what is lost comes 200 ms late."""
+    with (
+        restorable_churn(images_root, seed=84, processes=2, mib=4) as target,
+        receiving(images_root / "arriving") as there,
+        Proxy(there.port, delay=0.02, loss=0.01) as link,
+    ):
+        target.step(20)
+        result = migrate(target, link.port, on_round=lambda *_: target.step(10))
+        assert result.outcome == "runs"
+        runs_there(target, there)
+        target.quit()
+
+
+@in_own_namespaces
+def test_the_example_moves_all_that_it_can(images_root: Path) -> None:
+    with (
+        restorable_churn(images_root, seed=85, mib=1) as target,
+        restorable_churn(images_root, seed=86, mib=1) as other,
+        receiving(images_root / "arriving") as there,
+    ):
+        pids = (target.pid, command.NO_PID, other.pid)
+        place = str(criu_path().parent)
+        path = {"PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}
+        done = command.run_python(
+            command.ROOT / "examples" / "evacuate.py", f"127.0.0.1:{there.port}", *pids, "--downtime", 5, env=path
+        )
+        assert done.code == 1, done
+        lines = done.out.splitlines()
+        assert [": runs at" in line for line in lines] == [True, False, True], done
+        assert "stays here" in lines[1]
+        for moved in (target, other):
+            runs_there(moved, there)
+            moved.quit()
 
 
 # --- what is looked at before anything is begun -----------------------------------------------------------------------
