@@ -5,6 +5,7 @@
 - `two_hosts`: network namespaces that a slow link joins (tests/hosts.py); `switched_hosts`: three, and a switch.
 - Every session has a few huge pages for its targets, and its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket
   is); it fails if a process that it started, directly or not, is left at the end.
+- No test leaves a userfaultfd open.
 - ``INCDUMP_REQUIRE_ALL=1`` turns skipped tests into failures (tests/require_all.py).
 """
 
@@ -92,6 +93,23 @@ def no_process_is_left(runtime_dir: Path) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         pytest.fail(f"the tests left processes behind: {text}")
+
+
+def _userfaultfds() -> int:
+    """How many this process has open."""
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[userfaultfd]"
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_userfaultfd_is_left() -> Iterator[None]:
+    """No test may leave one open: the mappings of its target would be write-protected for as long as the tests run."""
+    before = _userfaultfds()
+    yield
+    assert _userfaultfds() <= before, "the test leaves a userfaultfd open"
 
 
 @pytest.fixture(scope="session", autouse=True)

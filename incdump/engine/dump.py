@@ -182,10 +182,11 @@ class DumpRun:
             # else the images are whole, and all that is left of the tree.
             raise
         finally:
-            for owner in self._all_owners():
-                owner.close()
-            if self._sending is not None:
-                self._sending.close()
+            with contextlib.ExitStack() as steps:  # each is taken, whatever becomes of the others; the last one first
+                if self._sending is not None:
+                    steps.callback(self._sending.close)
+                for owner in self._all_owners():
+                    steps.callback(owner.close)
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(images)
 

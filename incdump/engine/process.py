@@ -330,10 +330,16 @@ class ProcessDump:
         self._watch.give_back()
 
     def discard(self) -> None:
-        """The process is gone, and no part of the dump: nothing is left of it."""
-        if self._image is not None:
-            self._image.discard()
-        self.close()
+        """The process is gone, and no part of the dump: nothing is left of it.
+
+        :raises incdump.errors.XferError: the page server has gone, or refuses; all the same nothing is left open.
+        :raises incdump.errors.ImagesIOError: the pages image cannot be removed; likewise.
+        """
+        try:
+            if self._image is not None:
+                self._image.discard()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close all descriptors; whatever was not committed is lost."""

@@ -28,11 +28,12 @@ from incdump import (
     TrackerLost,
     XferError,
 )
+from incdump.engine.dump import DumpRun
 from incdump.xfer.page_client import PageClient
 from incdump.xfer.wire import Image
 from tests import command, oracle
 from tests.command import read_until, refused, start, wait
-from tests.kernel.support import Chain, assert_untouched, carry_on, require_tracker
+from tests.kernel.support import Chain, Odd, assert_untouched, carry_on, open_fds, require_tracker
 from tests.page_client import LONG, PAGE
 
 if TYPE_CHECKING:
@@ -324,6 +325,34 @@ async def test_connections_that_are_cut_anywhere_cost_no_write(
                     assert chain.last.incremental
     assert cut > 25
     target.quit()
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_exits_as_the_connection_breaks_leaves_no_descriptor_behind(
+    images_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left of it here, although the server cannot be told to drop its pages image."""
+    require_tracker("uffd-wp")
+    prepare = DumpRun._prepare_tree
+    held: list[int] = []
+    with Odd() as odd:
+        (child,) = odd.do("fork")
+
+        def prepare_and_break(run: DumpRun) -> None:
+            prepare(run)
+            held.append(open_fds().count("anon_inode:[userfaultfd]"))
+            odd.do(f"reap {child}")
+            assert run._sending is not None
+            run._sending.break_off()
+
+        monkeypatch.setattr(DumpRun, "_prepare_tree", prepare_and_break)
+        async with page_server(images_root / "served") as served:
+            with pytest.raises(XferError):
+                await incdump.dump(odd.pid, images_root / "1", options=to(served.port, "uffd-wp"))
+        assert held == [2]
+        assert "anon_inode:[userfaultfd]" not in open_fds()
+        assert not (images_root / "1").exists()
+        assert_untouched(odd)
 
 
 @pytest.mark.asyncio
