@@ -134,7 +134,8 @@ def find_instruction(pid: int, tid: int) -> int:
     """The address of a system call instruction in a process's vDSO: nothing needs to be written to its memory.
 
     :param tid: a thread that is alive; the leader may not be.
-    :raises TargetUnsuitable: a 32-bit process, or one without memory.
+    :raises NoSuchTarget: the thread is gone.
+    :raises TargetUnsuitable: a 32-bit process, or one without memory; a thread that has exited has none.
     :raises TargetDenied: its memory may not be read.
     :raises InjectionFailed: it has no vDSO.
     """
@@ -159,7 +160,10 @@ def find_instruction(pid: int, tid: int) -> int:
 def _read_vdso(pid: int, tid: int) -> tuple[bytes, int]:
     """The vDSO's bytes and address: where the auxiliary vector says, or (it can be moved) where maps does."""
     where = f"/proc/{pid}/task/{tid}"
-    memory = os.open(f"{where}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        memory = os.open(f"{where}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as e:
+        raise ProcessLookupError(e.errno, e.strerror) from None
     try:
         auxv = read_proc(f"{where}/auxv")
         if not auxv:

@@ -45,6 +45,7 @@ from incdump._uapi.kcmp import same_file
 from incdump._uapi.pidfd import open_for_thread, pidfd_getfd
 from incdump.errors import (
     InjectionFailed,
+    NoSuchTarget,
     TargetExited,
     TargetUnsuitable,
 )
@@ -174,7 +175,12 @@ class _Work:
 
     def _try(self, candidate: Candidate) -> None:
         """Do it with one thread."""
-        at = find_instruction(self.pid, candidate.tid)
+        try:
+            at = find_instruction(self.pid, candidate.tid)
+        except (NoSuchTarget, TargetUnsuitable):
+            if is_gone(self.pid, candidate.tid):
+                raise _Unstoppable from None
+            raise
         pidfd = _open_pidfd(self.pid, candidate.tid)
         copies = _copies(candidate.tid, self.held)
         try:

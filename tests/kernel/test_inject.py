@@ -442,6 +442,22 @@ def test_a_kernel_worker_is_never_chosen(victim: START) -> None:
     is_free(target)
 
 
+def test_a_thread_that_exits_when_it_has_been_chosen_is_passed_over(
+    victim: START, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = victim("busy", 1)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    chosen = lambda pid: [inject.Candidate(gone.pid, 0), *candidates(pid)]  # noqa: E731
+    monkeypatch.setattr(inject, "candidates", chosen)
+    inject_once(target.pid)
+    is_free(target)
+    target.finish()
+    monkeypatch.setattr(inject, "candidates", lambda pid: [inject.Candidate(pid, 0)])
+    with pytest.raises(TargetExited):
+        inject_userfaultfd(target.pid, FLAGS)
+
+
 def test_a_process_whose_leader_has_exited_is_injected(victim: START) -> None:
     target = victim("shapes", "no leader")
     target.wait_until(lambda: target.state() == "Z")
