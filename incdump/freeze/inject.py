@@ -120,9 +120,10 @@ def _run_to_the_end(work: _Work) -> None:
         raise
     except BaseException as e:
         interrupted = e
-    while not work.done.is_set():
+    done = False
+    while not done:
         try:
-            work.done.wait()
+            done = work.done.wait()
         except BaseException as e:
             interrupted = e
     if interrupted is not None:

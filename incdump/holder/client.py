@@ -15,6 +15,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -224,53 +225,72 @@ class HolderKeeper:
 
 
 class OwnKeeper:
-    """Keeps userfaultfds in this program: for a session, or a loop inside one program."""
+    """Keeps userfaultfds in this program: for a session, or a loop inside one program. Any thread may `close` it."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, int], tuple[int, str | None]] = {}
         self._busy: set[tuple[int, int]] = set()
         self._closed = False
+        self._lock = threading.Lock()  # never held for long
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
-        """See `Keeper.acquire`."""
+        """See `Keeper.acquire`.
+
+        :raises incdump.errors.HolderError: also when this is closed, or is being closed meanwhile.
+        """
         key = (pid, start_time)
-        if key in self._busy and not renew:
-            raise errors.HolderError(f"another dump of process {pid} is under way in this session", pid=pid, errno=16)
-        uffd, generation = self._held.get(key, (-1, None))
-        started, stopped = uffd < 0 or renew, 0
+        with self._lock:
+            if key in self._busy and not renew:
+                raise errors.HolderError(
+                    f"another dump of process {pid} is under way in this session", pid=pid, errno=16
+                )
+            started, stopped = renew or key not in self._held, 0
+            held = [uffd for uffd, _ in self._held.values()]
         if started:
-            fresh, stopped = _make_uffd_apart(pid, [held for held, _ in list(self._held.values())])
-            if uffd >= 0:
-                os.close(uffd)
-            uffd, generation = fresh, None
-        duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
-        self._held[key] = (uffd, None)
-        self._busy.add(key)
-        if self._closed:  # meanwhile, or before
-            self.close()
+            fresh, stopped = _make_uffd_apart(pid, held)
+            self._keep(key, fresh)
+        with self._lock:
+            if key not in self._held:
+                raise errors.HolderError("the session was closed while it dumped", pid=pid)
+            uffd, generation = self._held[key]
+            duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+            self._held[key] = (uffd, None)
+            self._busy.add(key)
         return Lease(pid, start_time, duplicate, generation, started, stopped)
+
+    def _keep(self, key: tuple[int, int], fresh: int) -> None:
+        """Have a new userfaultfd take the place of the one that is held, if there is one."""
+        with self._lock:
+            old, _ = self._held.pop(key, (-1, None))
+            if not self._closed:
+                self._held[key] = (fresh, None)
+            for uffd in (old, fresh if self._closed else -1):
+                if uffd >= 0:
+                    os.close(uffd)
 
     def commit(self, lease: Lease, generation: str | None) -> None:
         """See `Keeper.commit`."""
         key = (lease.pid, lease.start_time)
-        if key in self._held:
-            self._held[key] = (self._held[key][0], generation)
-        self._busy.discard(key)
+        with self._lock:
+            if key in self._held:
+                self._held[key] = (self._held[key][0], generation)
+            self._busy.discard(key)
 
     def release(self) -> None:
         """End every loan that was not committed, and let go of processes that have exited."""
-        self._busy.clear()
-        for pid, start_time in list(self._held):
-            if not is_same(Identity(pid, start_time, boot_id())):
-                os.close(self._held.pop((pid, start_time))[0])
+        with self._lock:
+            self._busy.clear()
+            for pid, start_time in list(self._held):
+                if not is_same(Identity(pid, start_time, boot_id())):
+                    os.close(self._held.pop((pid, start_time))[0])
 
     def close(self) -> None:
         """Give up all tracking."""
-        self._closed = True
-        while self._held:  # popitem is atomic: two threads may be at it
-            with contextlib.suppress(KeyError):
+        with self._lock:
+            self._closed = True
+            while self._held:
                 os.close(self._held.popitem()[1][0])
-        self._busy.clear()
+            self._busy.clear()
 
 
 def _make_uffd_apart(pid: int, held: list[int]) -> tuple[int, int]:

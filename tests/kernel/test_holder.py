@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -132,6 +135,47 @@ async def test_a_child_that_was_forked_with_the_userfaultfd_is_rid_of_it_when_it
         lease.close()
     finally:
         keeps.close()
+
+
+@pytest.mark.parametrize("renew", [False, True])
+async def test_a_keeper_that_is_closed_while_it_lends_leaves_no_descriptor(
+    odd: Odd, monkeypatch: pytest.MonkeyPatch, renew: bool
+) -> None:
+    start_time = identify(odd.pid).start_time
+    keeper = OwnKeeper()
+    first = keeper.acquire(odd.pid, start_time)
+    first.close()
+    keeper.commit(first, "some")
+    closing = threading.Thread(target=keeper.close)
+    duplicate = fcntl.fcntl
+
+    def close_first(*arguments: Any) -> Any:
+        closing.start()
+        closing.join(0.2)
+        return duplicate(*arguments)
+
+    monkeypatch.setattr(fcntl, "fcntl", close_first)
+    keeper.acquire(odd.pid, start_time, renew=renew).close()
+    closing.join()
+    assert "anon_inode:[userfaultfd]" not in open_fds()
+    with pytest.raises(HolderError, match="closed"):
+        keeper.acquire(odd.pid, start_time)
+    assert "anon_inode:[userfaultfd]" not in open_fds()
+
+
+async def test_a_keeper_that_has_no_descriptor_to_lend_keeps_what_it_can_close(
+    odd: Odd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(*_arguments: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    keeper = OwnKeeper()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", too_many)
+        with pytest.raises(OSError, match="Too many"):
+            keeper.acquire(odd.pid, identify(odd.pid).start_time)
+    keeper.close()
+    assert "anon_inode:[userfaultfd]" not in open_fds()
 
 
 async def test_two_dumps_of_one_process_at_once_are_refused(odd: Odd, images_root: Path) -> None:
