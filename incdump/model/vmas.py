@@ -126,7 +126,8 @@ class VmaTable:
 
     def within(self, lo: int, hi: int) -> VmaTable:
         """The mappings that reach into ``[lo, hi)``, their bounds cut to it."""
-        part = self.select((self.end > np.uint64(lo)) & (self.start < np.uint64(hi)))
+        reach = (self.end > np.uint64(lo)) & (self.start < np.uint64(hi))
+        part = self.select(reach if lo < hi else np.zeros(len(self), bool))
         return replace(part, start=np.maximum(part.start, np.uint64(lo)), end=np.minimum(part.end, np.uint64(hi)))
 
     def of_kind(self, *kinds: VmaKind) -> NDArray[np.bool_]:
