@@ -17,19 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import numpy as np
 
 from incdump.engine.dump import DumpRun, dump
+from incdump.engine.mappings import WrittenMappings
 from incdump.engine.pipeline import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper
-from incdump.images.images_dir import ImagesDir
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
-from incdump.model.runs import present_entries
-from incdump.proc.maps import read_vmas
 from incdump.tracking import soft_dirty
 
 if TYPE_CHECKING:
@@ -38,11 +35,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from incdump.holder.client import Lease
-    from incdump.model.precopy import Rule
-    from incdump.model.stats import DumpResult
+    from incdump.model.precopy import MappingWrites, Rule
+    from incdump.model.stats import DumpResult, DumpStats
 
 LATEST = "latest"
 _HOTTEST = 3
+_MAPPINGS_TOLD = 100
+"""Of each dump at most: a loop may make many, and they are kept by whoever asked for them."""
 
 
 @dataclass(slots=True)
@@ -54,6 +53,8 @@ class PrecopyResult:
     :ivar decision: the last one.
     :ivar final: the last dump; None if there is none.
     :ivar downtime: seconds for which the tree stood still for it, in all; None without one.
+    :ivar frozen_at: when that began, seconds since the loop began (of a checkpoint: when CRIU was started, which takes
+        some milliseconds until it stops the tree); None without one.
     :ivar hottest: the mappings that were written most in the last round, if the rounds no longer shrank, for people.
     :ivar seconds: in all.
     """
@@ -63,6 +64,7 @@ class PrecopyResult:
     decision: Decision | None = None
     final: DumpResult | None = None
     downtime: float | None = None
+    frozen_at: float | None = None
     hottest: list[str] = field(default_factory=list)
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -77,6 +79,8 @@ async def precopy(
     rule: Rule = should_stop,
     freezes: Sequence[Freeze] = (),
     on_round: Callable[[PrecopyRound, Decision], None] | None = None,
+    on_written: Callable[[DumpResult, list[MappingWrites]], None] | None = None,
+    progress: Callable[[str, DumpStats], None] | None = None,
     criu: str | None = None,
     criu_options: Sequence[str] = (),
 ) -> PrecopyResult:
@@ -90,6 +94,9 @@ async def precopy(
     :param rule: decides after each round, as `incdump.model.precopy.should_stop` does.
     :param freezes: earlier last dumps of such a tree, which tell what one costs that copies nothing.
     :param on_round: called with each round, and what was decided.
+    :param on_written: called with each dump before that, the last one included, and with the mappings that it wrote
+        most of. To find these takes some milliseconds, while the target runs.
+    :param progress: as for `incdump.predump`, of every dump.
     :param criu: for a checkpoint: CRIU's program.
     :param criu_options: for a checkpoint: further options for ``criu dump``.
     :raises incdump.errors.DidNotConverge: the rest did not become small enough in time, and ``on_timeout`` is
@@ -99,7 +106,9 @@ async def precopy(
     options = options or DumpOptions()
     if options.page_server is not None:
         raise XferError("the rounds of precopy go to directories: use predump and dump with a page server")
-    run = Loop(pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round)
+    run = Loop(
+        pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round, on_written, progress
+    )
     return await run.run(criu, criu_options)
 
 
@@ -127,6 +136,8 @@ class Loop:
         rule: Rule,
         freezes: Sequence[Freeze],
         on_round: Callable[[PrecopyRound, Decision], None] | None,
+        on_written: Callable[[DumpResult, list[MappingWrites]], None] | None,
+        progress: Callable[[str, DumpStats], None] | None,
     ) -> None:
         self._pid = pid
         self._path = path
@@ -135,6 +146,9 @@ class Loop:
         self._rule = rule
         self._freezes = freezes
         self._on_round = on_round
+        self._on_written = on_written
+        self._progress = progress
+        self._mappings = WrittenMappings()
         self._throttle = Throttle(pid, timeout=options.freeze_timeout)
         self._result = PrecopyResult(str(path))
         self._began = time.monotonic()
@@ -170,6 +184,7 @@ class Loop:
                 verdict: Any = "cancel" if self._policy.on_timeout == "cancel" else "stop"
                 why = f"{self._policy.timeout:g} s are over"
                 return Decision(verdict=verdict, why=why, estimate=estimate(rounds, self._policy), converges=False)
+            await self._tell_written(self._last)
             throttled = 1.0 if self._throttle.is_at_its_end else self._throttle.part
             decision = self._rule(rounds, self._policy, self._freezes, throttled)
             if self._on_round is not None:
@@ -192,12 +207,19 @@ class Loop:
         options = replace(self._options, afterwards="running")
         keeper = self._make_keeper()
         try:
-            run = DumpRun("pre-dump", self._pid, self._path / str(number), parent, options, keeper)
+            run = DumpRun("pre-dump", self._pid, self._path / str(number), parent, options, keeper, self._progress)
             self._last = await run.run()
         finally:
             keeper.close()
         self._note(self._last)
         self._result.rounds.append(PrecopyRound.of(number, started, self._last.stats, self._throttle.part))
+
+    async def _tell_written(self, result: DumpResult | None) -> None:
+        if self._on_written is not None and result is not None:
+            written: list[MappingWrites] = []
+            with suppress(IncdumpError, OSError):
+                written = await in_thread(self._mappings.of, result, _MAPPINGS_TOLD)
+            self._on_written(result, written)
 
     def _note(self, result: DumpResult) -> None:
         """A round is complete."""
@@ -215,6 +237,7 @@ class Loop:
         self._note(final)
         self._result.final = final
         self._result.downtime = (final.stats.freezing_time + final.stats.frozen_time) / 1e6
+        await self._tell_written(final)
 
     def _make_keeper(self) -> HolderKeeper:
         return _Keeper(self._throttle.turn)
@@ -227,8 +250,17 @@ class Loop:
             from incdump.engine.checkpoint import checkpoint  # only where there is CRIU
 
             call = partial(checkpoint, criu=criu, criu_options=criu_options)
-        result: DumpResult = await call(self._pid, images_dir, parent=parent, options=self._options)
+        result: DumpResult = await call(
+            self._pid, images_dir, parent=parent, options=self._options, progress=self._note_freezing
+        )
         return result
+
+    def _note_freezing(self, step: str, stats: DumpStats) -> None:
+        """Progress of the last dump."""
+        if step == "freezing":
+            self._result.frozen_at = time.monotonic() - self._began
+        if self._progress is not None:
+            self._progress(step, stats)
 
     def _did_not_converge(self, decision: Decision) -> DidNotConverge:
         now = decision.estimate
@@ -245,21 +277,9 @@ class Loop:
 def hottest(result: DumpResult) -> list[str]:
     """The mappings of which a dump wrote most, for people. Blocks.
 
-    :raises incdump.errors.IncdumpError: the images, or the processes, are gone.
+    :raises incdump.errors.IncdumpError: the images are gone.
     """
-    images = ImagesDir(result.images_dir)
-    found: list[tuple[int, str]] = []
-    for pid in result.pids:
-        entries = images.pagemap(pid)
-        if entries is None:
-            continue
-        written = present_entries(entries)
-        vmas = read_vmas(pid, flags=False)
-        at = vmas.at(written[:, 0])
-        pages = np.bincount(at[at >= 0], weights=written[at >= 0, 1], minlength=len(vmas))
-        for n in pages.argsort()[::-1][:_HOTTEST].tolist():
-            if pages[n]:
-                where = f"{int(vmas.start[n]):x}-{int(vmas.end[n]):x} {vmas.names[n]}".rstrip()
-                found.append((int(pages[n]), f"{where} of process {pid} ({int(pages[n]):,} pages)"))
-    found.sort(reverse=True)
-    return [text for _, text in found[:_HOTTEST]]
+    return [
+        f"{m.start:x}-{m.end:x} {m.name}".rstrip() + f" of process {m.pid} ({m.pages:,} pages)"
+        for m in WrittenMappings().of(result, _HOTTEST)
+    ]

@@ -104,6 +104,26 @@ class PrecopyRound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MappingWrites:
+    """How much of a mapping a dump wrote.
+
+    :ivar pid: the process; of memory that several share, one of them.
+    :ivar comm: its command name.
+    :ivar start: first address, bytes.
+    :ivar end: one past the last byte.
+    :ivar name: as in /proc/PID/maps; ``""`` for memory without one.
+    :ivar pages: that were written to the images.
+    """
+
+    pid: int
+    comm: str
+    start: int
+    end: int
+    name: str
+    pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Freeze:
     """A final dump that was seen: what of its time is neither scan nor copying is the fixed cost of the next one.
 

@@ -123,6 +123,42 @@ class DumpResult:
         return flat
 
 
+@dataclass(frozen=True, slots=True)
+class FreezePart:
+    """A part of the time for which a last dump kept the tree stopped.
+
+    :ivar name: ``"freezing"``, ``"scan"``, ``"copy"``, ``"waited"``, ``"in_place"``, ``"criu"`` or ``"rest"``.
+    :ivar microseconds: how long it took.
+    """
+
+    name: str
+    microseconds: int
+
+
+def freeze_parts(result: DumpResult) -> list[FreezePart]:
+    """How the time divides for which a dump, or a checkpoint, kept the tree stopped.
+
+    Each moment is in one part, so they add up to ``freezing_time`` plus ``frozen_time``. Scan is finding out what to
+    copy, as long as nothing is copied beside it; copy is from the first page copied to the last. Of a checkpoint, criu
+    is what CRIU did before it looked for pages, and after it was let through the gate.
+
+    :returns: none, if it is not known how long the tree was stopped.
+    """
+    stats, times = result.stats, result.checkpoint
+    if not stats.frozen_time:
+        return []
+    memory = stats.memdump_time if times is None else times.memory
+    copy = min(stats.memwrite_time, memory)
+    parts = {"freezing": stats.freezing_time, "scan": memory - copy, "copy": copy}
+    if times is not None:
+        parts |= {"waited": times.waited, "in_place": times.in_place}
+    rest = stats.freezing_time + stats.frozen_time - sum(parts.values())
+    if rest < 0:  # the clocks of CRIU and incdump do not agree to the microsecond
+        parts[max(parts, key=parts.__getitem__)] += rest
+    parts["rest" if times is None else "criu"] = max(0, rest)
+    return [FreezePart(name, microseconds) for name, microseconds in parts.items()]
+
+
 @dataclass(slots=True)
 class RestoreResult:
     """The outcome of a restore.
