@@ -70,8 +70,16 @@ if TYPE_CHECKING:
     from incdump.images.chain import ChainReport
     from incdump.images.images_dir import ImagesDir
     from incdump.model.options import DumpOptions, TlsFiles
-    from incdump.model.precopy import Decision, Estimate, Freeze, PrecopyPolicy, PrecopyRound, should_stop
-    from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, RestoreResult
+    from incdump.model.precopy import (
+        Decision,
+        Estimate,
+        Freeze,
+        MappingWrites,
+        PrecopyPolicy,
+        PrecopyRound,
+        should_stop,
+    )
+    from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, FreezePart, RestoreResult, freeze_parts
 
 __version__ = "0.1.0.dev0"
 
@@ -89,6 +97,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "Decision",
     "Estimate",
     "Freeze",
+    "MappingWrites",
     "should_stop",
     "DidNotConverge",
     # to another host
@@ -107,6 +116,8 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "DumpResult",
     "DumpStats",
     "CheckpointTimes",
+    "FreezePart",
+    "freeze_parts",
     "RestoreResult",
     # over the network
     "PageServer",
@@ -158,6 +169,7 @@ _HOME = {
     "Decision": "incdump.model.precopy",
     "Estimate": "incdump.model.precopy",
     "Freeze": "incdump.model.precopy",
+    "MappingWrites": "incdump.model.precopy",
     "should_stop": "incdump.model.precopy",
     "migrate": "incdump.engine.migrate",
     "MigrateResult": "incdump.engine.migrate",
@@ -174,6 +186,8 @@ _HOME = {
     "DumpResult": "incdump.model.stats",
     "DumpStats": "incdump.model.stats",
     "CheckpointTimes": "incdump.model.stats",
+    "FreezePart": "incdump.model.stats",
+    "freeze_parts": "incdump.model.stats",
     "RestoreResult": "incdump.model.stats",
     "ImagesDir": "incdump.images.images_dir",
     "check": "incdump.engine.check",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,26 +14,30 @@ from incdump.cli.invocation import (
     criu_arguments,
     criu_option,
     json_option,
-    one_line,
-    output,
     print_json,
     verbose_option,
 )
+from incdump.cli.log import Log
 from incdump.cli.policy import freeze_timeout_option, policy_options, take_policy
+from incdump.cli.report import Report, report_option
+from incdump.cli.rounds import Rounds, allowed_text, show_freeze
 from incdump.cli.signals import run
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import FINALS
+from incdump.model.stats import freeze_parts
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.precopy import PrecopyResult
     from incdump.model.options import Afterwards
     from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
+    from incdump.model.stats import DumpStats, FreezePart
 
 _EXAMPLE = """\b
 Examples:
   incdump precopy -t 1234 -D images
   incdump precopy -t 1234 -D images --downtime 50ms --timeout 10m --on-timeout throttle --final checkpoint
+  incdump precopy -t 1234 -D images --report precopy.html
 """
 
 
@@ -46,6 +50,7 @@ Examples:
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
 @click.option("--kill", is_flag=True, help="Kill it once the last images are complete.")
 @freeze_timeout_option
+@report_option
 @criu_arguments
 @json_option
 @verbose_option
@@ -62,6 +67,7 @@ def command(
     leave_stopped: bool,
     kill: bool,
     freeze_timeout: float,
+    report: Report | None,
     **given: Any,
 ) -> None:
     """Pre-dump a process tree again and again, until it need be stopped for a moment only; then make the last dump.
@@ -84,95 +90,94 @@ def command(
         freeze_timeout=freeze_timeout,
         afterwards=afterwards,
     )
-    check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
+    with Log(invocation.verbosity, None, images_dir) as log:
+        target = check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
+        log.line(f"pre-copy of process {pid} into {images_dir}")
+        rounds = Rounds(invocation, policy, f"pre-copy of process {pid} ({target.comm}) into {images_dir}")
+        with_criu = {"criu": criu, "criu_options": criu_options}
+        with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
+            result = run(lambda: _precopy(rounds, report, log, pid, images_dir, policy, options, with_criu))
+            parts = [] if result.final is None else freeze_parts(result.final)
+            if report is not None and result.final is not None:
+                report.last_dump(result.final, result.frozen_at, parts)
+        for warning in result.warnings:
+            log.warning(warning)
+    if invocation.json:
+        print_json(_fields(result, parts, report))
+    else:
+        _show(policy, result, parts, report)
+
+
+async def _precopy(
+    rounds: Rounds,
+    report: Report | None,
+    log: Log,
+    pid: int,
+    images_dir: str,
+    policy: PrecopyPolicy,
+    options: DumpOptions,
+    with_criu: dict[str, Any],
+) -> PrecopyResult:
+    """Call the engine, with those who tell of it."""
     from incdump.engine.precopy import precopy
 
-    report = Rounds(invocation, policy)
-    result = run(
-        lambda: precopy(
+    def on_round(done: PrecopyRound, decision: Decision) -> None:
+        if report is not None:
+            report.round(done, decision)
+        rounds.round(done, decision)
+
+    def progress(step: str, stats: DumpStats) -> None:
+        log.progress(step, stats)
+        rounds.progress(step, stats)
+
+    with rounds.shown():
+        return await precopy(
             pid,
             images_dir,
             policy=policy,
             options=options,
-            on_round=report.round,
-            criu=criu,
-            criu_options=criu_options,
+            on_round=on_round,
+            on_written=None if report is None else report.written,
+            progress=progress,
+            **with_criu,
         )
-    )
-    report.end(result)
 
 
-class Rounds:
-    """What is told as the rounds run."""
+def _fields(result: PrecopyResult, parts: list[FreezePart], report: Report | None) -> dict[str, Any]:
+    """The last JSON object."""
+    return {
+        "event": "end",
+        "images_dir": result.images_dir,
+        "rounds": len(result.rounds),
+        "why": "" if result.decision is None else result.decision.why,
+        "downtime": result.downtime,
+        "frozen_at": result.frozen_at,
+        "freeze": [{"part": part.name, "seconds": part.microseconds / 1e6} for part in parts],
+        "seconds": result.seconds,
+        "hottest": result.hottest,
+        "warnings": result.warnings,
+        "report": None if report is None else report.path,
+        "final": None if result.final is None else result.final.as_dict(),
+    }
 
-    _HEADINGS = ("round", "pages", "bytes", "time", "written/s", "copied/s", "downtime", "")
-    _WIDTHS = (5, 10, 10, 9, 11, 11, 9, 0)
 
-    def __init__(self, invocation: Invocation, policy: PrecopyPolicy) -> None:
-        self._json = invocation.json
-        self._policy = policy
+def _show(policy: PrecopyPolicy, result: PrecopyResult, parts: list[FreezePart], report: Report | None) -> None:
+    """What came of it, for people."""
+    from incdump.cli.text import Fact, show_facts, time_text
 
-    def round(self, done: PrecopyRound, decision: Decision) -> None:
-        """A round is complete."""
-        if self._json:
-            print_json({"event": "round", **asdict(done), **decision.as_dict()})
-            return
-        from incdump.cli.text import bytes_text, time_text
-
-        now = decision.estimate
-
-        def rate(value: float | None) -> str:
-            return "" if value is None else f"{bytes_text(int(value))}"
-
-        cells = (
-            str(done.number),
-            f"{done.bytes_written >> 12:,}",
-            bytes_text(done.bytes_written),
-            time_text(int(done.seconds * 1e6)),
-            rate(now.dirty_rate),
-            rate(now.bandwidth),
-            "" if now.downtime is None else time_text(int(now.downtime * 1e6)),
-            decision.why + (f", slowed down by {done.throttled:.0%}" if done.throttled else ""),
-        )
-        if done.number == 1:
-            self._line(self._HEADINGS)
-        self._line(cells)
-
-    @output()
-    def _line(self, cells: tuple[str, ...]) -> None:
-        text = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self._WIDTHS, strict=True))
-        print(one_line(text).rstrip(), flush=True)
-
-    def end(self, result: PrecopyResult) -> None:
-        """The loop is over."""
-        final = result.final
-        if self._json:
-            print_json(
-                {
-                    "event": "end",
-                    "images_dir": result.images_dir,
-                    "rounds": len(result.rounds),
-                    "why": "" if result.decision is None else result.decision.why,
-                    "downtime": result.downtime,
-                    "seconds": result.seconds,
-                    "hottest": result.hottest,
-                    "warnings": result.warnings,
-                    "final": None if final is None else final.as_dict(),
-                }
-            )
-            return
-        from incdump.cli.text import Fact, show_facts, time_text
-
-        facts = [Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else "")]
-        if final is not None and result.downtime is not None:
-            stats = final.stats
-            facts += [
-                Fact("last dump", self._policy.final, final.images_dir),
-                Fact("pages written", f"{stats.pages_written + stats.shpages_written:,}"),
-                Fact(
-                    "downtime", time_text(int(result.downtime * 1e6)), f"of {self._policy.downtime * 1e3:g} ms allowed"
-                ),
-            ]
-        facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))
-        facts += [Fact("written most", "", text) for text in result.hottest]
-        show_facts(f"pre-copy into {result.images_dir}", facts)
+    final = result.final
+    facts = [Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else "")]
+    if final is not None and result.downtime is not None:
+        stats = final.stats
+        facts += [
+            Fact("last dump", policy.final, final.images_dir),
+            Fact("pages written", f"{stats.pages_written + stats.shpages_written:,}"),
+            Fact("downtime", time_text(int(result.downtime * 1e6)), f"of {allowed_text(policy)} allowed"),
+        ]
+    facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))
+    facts += [Fact("written most", "", text) for text in result.hottest]
+    if report is not None and report.path is not None:
+        facts.append(Fact("report", "", report.path))
+    show_facts(f"pre-copy into {result.images_dir}", facts)
+    if parts:
+        show_freeze("how the downtime divides", parts)

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 PATIENCE = 0.5
 """Seconds before anything is shown."""
 _PAGE = 4096
-_STEPS = {
+STEPS = {
     "checking": "looking at the target",
     "freezing": "freezing",
     "dumping": "dumping",
     "finishing": "writing the last images",
 }
+"""The engine's words for its steps, for people."""
 
 
 class Waiting:
@@ -81,18 +82,22 @@ class Progress(Waiting):
     """What the engine reports to, and what shows it."""
 
     def __init__(self) -> None:
-        super().__init__(_STEPS["checking"])
+        super().__init__(STEPS["checking"])
         self._stats = DumpStats()
 
     def update(self, step: str, stats: DumpStats) -> None:
         """Take note of a step and the counters so far."""
-        self.what, self._stats = _STEPS.get(step, step), stats
+        self.what, self._stats = STEPS.get(step, step), stats
 
     def _details(self) -> str:
-        stats = self._stats
-        written = stats.pages_written + stats.shpages_written
-        return (
-            f"{stats.pages_scanned + stats.shpages_scanned:,} pages scanned, "
-            f"{written:,} written ({bytes_text(written * _PAGE)}), "
-            f"{stats.pages_skipped_parent + stats.shpages_skipped_parent:,} left to the parent, "
-        )
+        return f"{counters_text(self._stats)}, "
+
+
+def counters_text(stats: DumpStats) -> str:
+    """How far a dump is, for people."""
+    written = stats.pages_written + stats.shpages_written
+    return (
+        f"{stats.pages_scanned + stats.shpages_scanned:,} pages scanned, "
+        f"{written:,} written ({bytes_text(written * _PAGE)}), "
+        f"{stats.pages_skipped_parent + stats.shpages_skipped_parent:,} left to the parent"
+    )

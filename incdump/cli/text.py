@@ -40,7 +40,7 @@ def show_facts(title: str, facts: Sequence[Fact]) -> None:
         table = _grid(("left", "right", "left"))
         for fact in facts:
             table.add_row(*_cells(fact, bold=1))
-        _print_rich(table, title)
+        print_panel(table, title)
         return
     print(one_line(title))
     name_width = max(len(fact.name) for fact in facts)
@@ -57,7 +57,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_row(*[f"[bold]{column.strip()}[/]" for column in columns])
         for row in rows:
             table.add_row(*_cells(row))
-        _print_rich(table, title)
+        print_panel(table, title)
         return
     print(one_line(title))
     shown = [[column.strip() for column in columns], *([one_line(cell) for cell in row] for row in rows)]
@@ -79,7 +79,7 @@ def show_verdicts(title: str, rows: Sequence[tuple[str, bool, Sequence[str]]]) -
         for name, works, lines in rows:
             mark = "[bold green]works[/]" if works else "[bold red]no[/]"
             table.add_row(*_cells([name]), mark, *_cells(["\n".join(map(one_line, lines))]))
-        _print_rich(table, title)
+        print_panel(table, title)
         return
     print(title)
     for name, works, lines in rows:
@@ -105,7 +105,8 @@ def _cells(texts: Sequence[str], bold: int = -1) -> list[RenderableType]:
     return [Text(text, style="bold" if n == bold else "") for n, text in enumerate(texts)]
 
 
-def _print_rich(table: Table, title: str) -> None:
+def print_panel(table: Table, title: str) -> None:
+    """Print a table of rich's, in a frame, on a terminal."""
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
