@@ -40,8 +40,8 @@ _TOP, _BOTTOM = 1.05, 1.35
 _STRIP = 0.3
 """Width of the last dump's column."""
 _LABEL_SIZE = 7.0
-_LABEL_CHARACTER = 0.6 * _LABEL_SIZE / 72
-"""Width of a character of a monospaced font."""
+_LABEL_CHARACTER = 0.65 * _LABEL_SIZE / 72
+"""Width of a character of a monospaced font, of which some are wider than others, and pixels are whole."""
 _MANY = 80
 """Rounds, from which on each has no mark of its own."""
 _TOO_MANY_BARS = 300
@@ -264,7 +264,8 @@ def _heat(axes: Axes, place: _Places, record: Record, heat: HeatMap, top: float,
     axes.tick_params(left=False, labelleft=False)
     beside.yaxis.tick_right()
     middles = lines[:-1] + 0.5
-    beside.set_yticks(middles, labels=heat.labels, fontsize=_LABEL_SIZE, fontfamily="DejaVu Sans Mono")
+    labels = [label.replace("  ", "\u00a0\u00a0") for label in heat.labels]  # a browser would make one of several
+    beside.set_yticks(middles, labels=labels, fontsize=_LABEL_SIZE, fontfamily="DejaVu Sans Mono")
     beside.tick_params(axis="y", length=0, pad=4, labelright=True)
     scale = place.add(_LEFT, top + height + 0.72, 3.2, 0.12)
     bar = axes.figure.colorbar(mesh, cax=scale, orientation="horizontal")

@@ -194,7 +194,10 @@ class Rounds:
         names = ["round", "pages", "bytes", "time", "written/s", "copied/s", "stopped now", _of(self._policy)]
         if any(done.throttled for done, _ in self._told):
             names.append("slowed")
-            texts = [(*row, f"{done.throttled:.0%}") for row, (done, _) in zip(texts, shown, strict=True)]
+            texts = [
+                (*row, f"{done.throttled:.0%}" if done.throttled else "")
+                for row, (done, _) in zip(texts, shown, strict=True)
+            ]
         table = Table.grid(padding=(0, 2 if self._console.width > _NARROW else 1))
         for column in zip(*texts, strict=True):  # where there is no room, headings are wrapped, and numbers never
             table.add_column(justify="right", min_width=max(map(len, column)))

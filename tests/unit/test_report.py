@@ -73,7 +73,10 @@ def record(
 
 def svg_texts(data: bytes) -> list[str]:
     """Every text in a picture; it is well-formed."""
-    return ["".join(node.itertext()) for node in ET.fromstring(data).iter("{http://www.w3.org/2000/svg}text")]
+    return [
+        "".join(node.itertext()).replace("\u00a0", " ")
+        for node in ET.fromstring(data).iter("{http://www.w3.org/2000/svg}text")
+    ]
 
 
 # -- the heat map's rows ---------------------------------------------------------------------------------------------
