@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,9 +18,11 @@ from incdump.cli.invocation import (
     print_json,
     verbose_option,
 )
+from incdump.cli.log import Log
 from incdump.cli.policy import DURATION, freeze_timeout_option, policy_options, take_policy
-from incdump.cli.precopy import Rounds
 from incdump.cli.receive import take_hook
+from incdump.cli.report import Report, report_option
+from incdump.cli.rounds import Rounds, allowed_text, show_freeze
 from incdump.cli.signals import run
 from incdump.cli.tls import take_tls, tls_options
 from incdump.model.options import COMPRESSIONS, DumpOptions
@@ -28,7 +31,16 @@ from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.migrate import MigrateResult
-    from incdump.model.precopy import PrecopyPolicy
+    from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
+    from incdump.model.stats import DumpStats
+
+_STEPS = {
+    "stopped": "it stands still, and everything is there",
+    "restore": "restoring there",
+    "go": "it may run there",
+    "runs": "it runs there",
+    "asking": "asking what has become of it",
+}
 
 _EXAMPLE = """\b
 Examples:
@@ -66,6 +78,7 @@ Examples:
 @criu_option
 @tls_options
 @freeze_timeout_option
+@report_option
 @criu_arguments
 @json_option
 @verbose_option
@@ -80,6 +93,7 @@ def command(
     asking: float,
     criu: str | None,
     criu_options: tuple[str, ...],
+    report: Report | None,
     **given: Any,
 ) -> None:
     """Move a process tree to another host, where `incdump receive --restore` listens.
@@ -93,73 +107,106 @@ def command(
     tls = take_tls(given)
     policy = take_policy(given, "checkpoint")
     options = DumpOptions(**given, tls=tls)
-    words = take_hook(hook)
-    check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
+    with Log(invocation.verbosity, None, "") as log:
+        target = check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
+        receiver = f"{where[0]} port {where[1]}"
+        log.line(f"migration of process {pid} to {receiver}")
+        rounds = Rounds(invocation, policy, f"migration of process {pid} ({target.comm}) to {receiver}")
+        more: dict[str, Any] = {"criu": criu, "criu_options": criu_options, "hook": take_hook(hook)}
+        more |= {"if_unknown": if_unknown, "asking": asking}
+        with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
+            result = run(lambda: _migrate(invocation, rounds, report, log, pid, where, policy, options, more))
+            if report is not None and result.final is not None:
+                report.last_dump(result.final, result.frozen_at, result.parts)
+        for warning in result.warnings:
+            log.warning(warning)
+    if invocation.json:
+        print_json(_fields(result, report))
+    else:
+        _show(policy, result, report)
+
+
+async def _migrate(
+    invocation: Invocation,
+    rounds: Rounds,
+    report: Report | None,
+    log: Log,
+    pid: int,
+    where: tuple[str, int],
+    policy: PrecopyPolicy,
+    options: DumpOptions,
+    more: dict[str, Any],
+) -> MigrateResult:
+    """Call the engine, with those who tell of it."""
     from incdump.engine.migrate import migrate
 
-    rounds = Rounds(invocation, policy)
+    def on_round(done: PrecopyRound, decision: Decision) -> None:
+        if report is not None:
+            report.round(done, decision)
+        rounds.round(done, decision)
 
-    def tell_step(step: str) -> None:
+    def on_step(step: str) -> None:
+        log.line(_STEPS[step])
         if invocation.json:
             print_json({"event": "step", "step": step})
+        else:
+            rounds.step(_STEPS[step])
 
-    result = run(
-        lambda: migrate(
+    def progress(step: str, stats: DumpStats) -> None:
+        log.progress(step, stats)
+        rounds.progress(step, stats)
+
+    with rounds.shown():
+        return await migrate(
             pid,
             *where,
             policy=policy,
             options=options,
-            on_round=rounds.round,
-            on_step=tell_step,
-            criu=criu,
-            criu_options=criu_options,
-            hook=words,
-            if_unknown=if_unknown,
-            asking=asking,
+            on_round=on_round,
+            on_written=None if report is None else report.written,
+            on_step=on_step,
+            progress=progress,
+            **more,
         )
-    )
-    _tell(invocation, policy, result)
 
 
-def _tell(invocation: Invocation, policy: PrecopyPolicy, result: MigrateResult) -> None:
-    if invocation.json:
-        print_json(
-            {
-                "event": "end",
-                "pid": result.pid,
-                "receiver": result.receiver,
-                "outcome": result.outcome,
-                "rounds": len(result.rounds),
-                "why": "" if result.decision is None else result.decision.why,
-                "downtime": result.downtime,
-                "parts": result.parts,
-                "seconds": result.seconds,
-                "hottest": result.hottest,
-                "warnings": result.warnings,
-                "final": None if result.final is None else result.final.as_dict(),
-            }
-        )
-        return
+def _fields(result: MigrateResult, report: Report | None) -> dict[str, Any]:
+    """The last JSON object."""
+    return {
+        "event": "end",
+        "pid": result.pid,
+        "receiver": result.receiver,
+        "outcome": result.outcome,
+        "rounds": len(result.rounds),
+        "why": "" if result.decision is None else result.decision.why,
+        "downtime": result.downtime,
+        "frozen_at": result.frozen_at,
+        "freeze": [{"part": part.name, "seconds": part.microseconds / 1e6} for part in result.parts],
+        "seconds": result.seconds,
+        "hottest": result.hottest,
+        "warnings": result.warnings,
+        "report": None if report is None else report.path,
+        "final": None if result.final is None else result.final.as_dict(),
+    }
+
+
+def _show(policy: PrecopyPolicy, result: MigrateResult, report: Report | None) -> None:
+    """What came of it, for people."""
     from incdump.cli.text import Fact, bytes_text, show_facts, time_text
 
     sent = sum(done.bytes_written for done in result.rounds)
     sent += 0 if result.final is None else result.final.stats.bytes_written
     facts = [
         Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else ""),
-        Fact("sent", bytes_text(sent), "pages"),
+        Fact("pages sent", f"{sent >> 12:,}", bytes_text(sent)),
     ]
     if result.downtime is not None:
-        allowed = f"of {policy.downtime * 1e3:g} ms allowed"
-        facts.append(Fact("downtime", time_text(int(result.downtime * 1e6)), allowed))
-    names = {"copy": "of it, stop and copy", "restore": "restore there", "switch": "until it ran there"}
-    facts += [Fact(names.get(name, name), time_text(int(part * 1e6))) for name, part in result.parts.items()]
+        facts.append(Fact("downtime", time_text(int(result.downtime * 1e6)), f"of {allowed_text(policy)} allowed"))
     facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))
     facts += [Fact("written most", "", text) for text in result.hottest]
-    what = (
-        f"runs at {result.receiver}"
-        if result.outcome == "runs"
-        else f"is stored at {result.receiver}, and goes on here"
-    )
-    show_facts(f"process {result.pid} {what}", facts)
-    for warning in result.warnings:
-        click.echo(f"warning: {warning}", err=True)
+    if report is not None and report.path is not None:
+        facts.append(Fact("report", "", report.path))
+    what = "runs" if result.outcome == "runs" else "goes on here, and is stored"
+    show_facts(f"process {result.pid} {what} at {result.receiver}", facts)
+    if result.parts:
+        show_freeze("how the downtime divides", result.parts)

@@ -42,6 +42,8 @@ _PARTS = {
     "waited": ("waiting for CRIU", "which writes all else"),
     "in_place": ("putting together", "one images dir of CRIU's images and incdump's"),
     "criu": ("CRIU alone", "before it looks for pages, and when it may go on"),
+    "restore": ("restore there", "until the tree stood there, complete"),
+    "switch": ("switch", "until the news that it runs there"),
     "rest": ("the rest", "what else is to be read, and letting go"),
 }
 

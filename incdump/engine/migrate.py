@@ -45,6 +45,7 @@ from incdump.errors import (
 )
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
+from incdump.model.stats import FreezePart, freeze_parts
 from incdump.proc.identity import Identity, boot_id, is_same
 from incdump.proc.tree import check_target
 from incdump.xfer.control import MIGRATE, VERSION, Control
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
 
     from incdump.criu.program import Criu
     from incdump.engine.conversation import Conversation
-    from incdump.model.precopy import Decision, IfUnknown, PrecopyRound, Rule
-    from incdump.model.stats import DumpResult
+    from incdump.model.precopy import Decision, IfUnknown, MappingWrites, PrecopyRound, Rule
+    from incdump.model.stats import DumpResult, DumpStats
     from incdump.proc.tree import Task
 
 _ASK_AGAIN = 0.5
@@ -76,8 +77,10 @@ class MigrateResult:
     :ivar final: the checkpoint.
     :ivar downtime: seconds, by the clock of this host, from the moment when CRIU began to stop the tree until the news
         came that it runs over there (or, stored only, until it ran on here).
-    :ivar parts: how that divides, seconds: ``"copy"``: until all images were over there; ``"restore"``: until the tree
-        stood there, complete; ``"switch"``: until it ran.
+    :ivar frozen_at: when that was, seconds since the pre-copy loop began; None without a checkpoint.
+    :ivar parts: how the downtime divides; they add up to it. Those of a checkpoint (`incdump.freeze_parts`), of which
+        in_place is until all images were over there; restore: until the tree stood there, complete; switch: until it
+        ran.
     :ivar hottest: the mappings that were written most in the last round, if the rounds no longer shrank, for people.
     :ivar seconds: in all.
     """
@@ -89,7 +92,8 @@ class MigrateResult:
     decision: Decision | None = None
     final: DumpResult | None = None
     downtime: float | None = None
-    parts: dict[str, float] = field(default_factory=dict)
+    frozen_at: float | None = None
+    parts: list[FreezePart] = field(default_factory=list)
     hottest: list[str] = field(default_factory=list)
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
@@ -105,7 +109,9 @@ async def migrate(
     rule: Rule = should_stop,
     freezes: Sequence[Freeze] = (),
     on_round: Callable[[PrecopyRound, Decision], None] | None = None,
+    on_written: Callable[[DumpResult, list[MappingWrites]], None] | None = None,
     on_step: Callable[[str], None] | None = None,
+    progress: Callable[[str, DumpStats], None] | None = None,
     criu: str | None = None,
     criu_options: Sequence[str] = (),
     hook: Sequence[str] = (),
@@ -120,6 +126,8 @@ async def migrate(
     :param rule: decides after each round.
     :param freezes: earlier migrations of such a tree.
     :param on_round: called with each round, and what was decided.
+    :param on_written: as for `incdump.precopy`.
+    :param progress: as for `incdump.precopy`.
     :param on_step: called with a word for each step of the end: ``"stopped"``, ``"restore"``, ``"go"``, ``"runs"``,
         ``"asking"``.
     :param criu: CRIU's program; None: where it is installed.
@@ -156,6 +164,8 @@ async def migrate(
                 rule,
                 freezes,
                 on_round,
+                on_written,
+                progress,
             )
             loop.switch = partial(source.switch, talk)
             try:
@@ -165,8 +175,8 @@ async def migrate(
                     await source.conclude(talk, error)
                 raise
             await source.conclude(talk, None)
-    if source.downtime is None and result.final is not None:
-        source.downtime = (result.final.stats.freezing_time + result.final.stats.frozen_time) / 1e6
+    assert result.final is not None
+    downtime = result.downtime if source.downtime is None else source.downtime
     return MigrateResult(
         pid=pid,
         receiver=source.receiver,
@@ -174,12 +184,23 @@ async def migrate(
         rounds=result.rounds,
         decision=result.decision,
         final=result.final,
-        downtime=source.downtime,
-        parts=source.parts,
+        downtime=downtime,
+        frozen_at=result.frozen_at,
+        parts=_parts(result.final, downtime, source.switched),
         hottest=result.hottest,
         seconds=time.monotonic() - began,
-        warnings=[*result.warnings, *(result.final.warnings if result.final else ()), *source.warnings],
+        warnings=[*result.warnings, *result.final.warnings, *source.warnings],
     )
+
+
+def _parts(final: DumpResult, downtime: float | None, switched: list[FreezePart]) -> list[FreezePart]:
+    """How the downtime divides; what is nobody else's is CRIU's."""
+    parts = [part for part in freeze_parts(final) if part.name != "criu"]
+    if downtime is None or not parts:
+        return []
+    parts += switched
+    rest = int(downtime * 1e6) - sum(part.microseconds for part in parts)
+    return [*parts, FreezePart("criu", max(0, rest))]
 
 
 def _tell_nobody(_: str) -> None:
@@ -197,7 +218,7 @@ class _Loop(Loop):
         keeper = self._make_keeper()
         try:
             at_gate = partial(self.switch, int(images_dir.name))
-            run = CheckpointRun(self._pid, images_dir, parent, self._options, keeper, None, at_gate)
+            run = CheckpointRun(self._pid, images_dir, parent, self._options, keeper, self._note_freezing, at_gate)
             return await run.with_criu(criu, criu_options, "auto")
         finally:
             keeper.close()
@@ -209,6 +230,7 @@ class _Source:
     :ivar token: by which the receiver knows what belongs to it.
     :ivar restores: whether the receiver restores.
     :ivar downtime: see `MigrateResult`.
+    :ivar switched: the parts of it that are no checkpoint's.
     """
 
     def __init__(
@@ -236,7 +258,7 @@ class _Source:
         self.token = ""
         self.restores = False
         self.downtime: float | None = None
-        self.parts: dict[str, float] = {}
+        self.switched: list[FreezePart] = []
         self.warnings: list[str] = []
 
     def connect(self, timeout: float) -> Control:
@@ -310,7 +332,10 @@ class _Source:
         self._is_there = True
         self._tell("runs")
         self.downtime = runs - begun
-        self.parts = {"copy": sent - begun, "restore": ready - sent, "switch": runs - ready}
+        self.switched = [
+            FreezePart("restore", int((ready - sent) * 1e6)),
+            FreezePart("switch", int((runs - ready) * 1e6)),
+        ]
 
     def _expect(self, answer: dict[str, Any], what: str) -> None:
         if answer["say"] == "failed":
