@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.bench import Bench
     from benchmarks.report import Report
 
-NAMES = ("readers", "full", "incremental", "checkpoint", "network", "memory", "startup", "slowdown")
+NAMES = ("readers", "full", "incremental", "checkpoint", "precopy", "network", "memory", "startup", "slowdown")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

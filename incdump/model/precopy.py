@@ -3,15 +3,21 @@
 Pre-dumps run one after the other while the target runs on. Each tells how much was written since the one before, so how
 fast the target writes; and how fast that was copied. If the target were stopped now, it would stand still for
 
-    a fixed cost  +  the scan  +  (bytes written since the last scan) / bandwidth
+    a fixed cost  +  the longer of  the scan  and  (bytes written since the last scan) / bandwidth
 
-which is `estimate`. `should_stop` compares it with the budget.
+which is `estimate`: scan and copy go on side by side. `should_stop` compares it with the budget.
+
+No number of seconds is known beforehand. The fixed cost is what earlier freezes took, or, as long as there are none, so
+many times what a round takes beside copying: that too grows with the tree, and on a machine that is slower or busy. The
+first round copies everything, one page after the other, the later ones pages here and there, as the last dump does: so
+it counts only as long as there is no other.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from incdump.model.runs import PAGE_SIZE
@@ -34,9 +40,13 @@ _WEIGHT = 0.5
 """Of the newest round in the weighted means: three rounds ago counts an eighth."""
 _WORTH_MEASURING = 1 << 20
 """Bytes of a round that tell of bandwidth; what is less takes as long as its system calls do."""
-_FIXED = {"dump": 0.010, "checkpoint": 0.100, "none": 0.010}
-"""Seconds that a final dump of nothing takes, until one was seen: a small tree's on the machines that this was written
-on."""
+_STOPPED = {"dump": 0.7, "none": 0.7, "checkpoint": 1.7}
+"""What a last dump that copies nothing stops the target for, in terms of what a round takes beside its memory (see
+`_beside_memory`). Ratios, measured on trees of 1 to 17 processes of 16 to 512 MiB, on a more or less busy machine."""
+_UNTIL_SCAN = {"dump": 1.0, "none": 1.0, "checkpoint": 2.5}
+"""In the same terms: from the decision until it scans, while which the target writes on."""
+_LATELY = 3
+"""Rounds whose scans and other times count."""
 _SHRINKS = 0.9
 """Of the least that was written in an earlier round; more, twice in a row, and the rounds no longer shrink."""
 
@@ -72,6 +82,7 @@ class PrecopyRound:
     :ivar pages_scanned: populated pages.
     :ivar bytes_written: pages copied, bytes.
     :ivar throttled: how much of the time the target was kept stopped meanwhile, 0 to 1.
+    :ivar memory_seconds: preparing the processes, scan and copy, which go on side by side; None: not known.
     """
 
     number: int
@@ -82,6 +93,7 @@ class PrecopyRound:
     pages_scanned: int
     bytes_written: int
     throttled: float = 0.0
+    memory_seconds: float | None = None
 
     @property
     def ended(self) -> float:
@@ -100,6 +112,7 @@ class PrecopyRound:
             pages_scanned=stats.pages_scanned + stats.shpages_scanned,
             bytes_written=(stats.pages_written + stats.shpages_written) * PAGE_SIZE,
             throttled=throttled,
+            memory_seconds=stats.memdump_time / 1e6,
         )
 
 
@@ -127,6 +140,8 @@ class MappingWrites:
 class Freeze:
     """A final dump that was seen: what of its time is neither scan nor copying is the fixed cost of the next one.
 
+    `of` makes it of the counters of a dump or checkpoint.
+
     :ivar seconds: from the first thread that stood to the moment when all ran again, or were gone.
     :ivar scan_seconds: reading and classifying the pagemap.
     :ivar write_seconds: from the first page copied to the last.
@@ -135,6 +150,20 @@ class Freeze:
     seconds: float
     scan_seconds: float
     write_seconds: float
+
+    @classmethod
+    def of(cls, stats: DumpStats) -> Freeze:
+        """A freeze from the counters of its dump."""
+        return cls(
+            seconds=(stats.freezing_time + stats.frozen_time) / 1e6,
+            scan_seconds=stats.scan_time / 1e6,
+            write_seconds=stats.memwrite_time / 1e6,
+        )
+
+    @property
+    def fixed(self) -> float:
+        """What it took beside scan and copy."""
+        return max(0.0, self.seconds - max(self.scan_seconds, self.write_seconds))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,29 +218,76 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     :param freezes: earlier final dumps of such a target.
     """
     rates = [later.bytes_written / max(later.started - earlier.started, 1e-6) for earlier, later in pairwise(history)]
-    speeds = [
-        r.bytes_written / r.write_seconds for r in history if r.bytes_written >= _WORTH_MEASURING and r.write_seconds
-    ]
+    rate, bandwidth = _mean(rates), _bandwidth(history)
+    beside = _beside_memory(history, policy.final)
+    fixed = _mean([freeze.fixed for freeze in freezes])
+    if fixed is None:
+        fixed = _STOPPED[policy.final] * beside
     last = history[-1]
-    rate, bandwidth = _mean(rates), _mean(speeds)
+    dirty: float | None = None
     if not last.bytes_written:
-        return Estimate(
-            dirty_rate=rate, bandwidth=bandwidth, dirty_bytes=0, downtime=_fixed(policy, freezes) + last.scan_seconds
-        )
-    if rate is None:
-        return Estimate(dirty_rate=None, bandwidth=bandwidth, dirty_bytes=None, downtime=None)
-    # What the target writes again and again counts once, so no more than all there is.
-    dirty = min(rate * last.seconds, float(last.pages_scanned * PAGE_SIZE))
-    fixed = _fixed(policy, freezes) + (_mean([r.scan_seconds for r in history[-3:]]) or 0.0)
-    downtime = None if bandwidth is None else fixed + dirty / bandwidth
-    if bandwidth is None and dirty < _WORTH_MEASURING:
-        downtime = fixed + last.write_seconds
-    return Estimate(dirty_rate=rate, bandwidth=bandwidth, dirty_bytes=int(dirty), downtime=downtime)
+        dirty = 0.0
+    elif rate is not None:
+        # What the target writes again and again counts once, so no more than all there is.
+        until_scan = last.seconds + _UNTIL_SCAN[policy.final] * beside
+        dirty = min(rate * until_scan, float(last.pages_scanned * PAGE_SIZE))
+    copying = None if dirty is None else _copying(history, dirty, bandwidth)
+    downtime = None if dirty is None or copying is None else fixed + max(_scanning(history, dirty), copying)
+    dirty_bytes = None if dirty is None else int(dirty)
+    return Estimate(dirty_rate=rate, bandwidth=bandwidth, dirty_bytes=dirty_bytes, downtime=downtime)
 
 
-def _fixed(policy: PrecopyPolicy, freezes: Sequence[Freeze]) -> float:
-    seen = _mean([max(0.0, f.seconds - f.scan_seconds - f.write_seconds) for f in freezes])
-    return _FIXED[policy.final] if seen is None else seen
+def _later(history: Sequence[PrecopyRound]) -> Sequence[PrecopyRound]:
+    """The rounds that resemble the last dump, if there are any yet: all but the first, which copies everything."""
+    return history[1:] or history
+
+
+def _bandwidth(history: Sequence[PrecopyRound]) -> float | None:
+    for rounds in (_later(history), history):
+        measured = [r for r in rounds if r.bytes_written >= _WORTH_MEASURING and r.write_seconds]
+        if measured:
+            return _mean([r.bytes_written / r.write_seconds for r in measured])
+    return None
+
+
+def _beside_memory(history: Sequence[PrecopyRound], final: Final) -> float:
+    """Seconds that a round takes beside what a last dump does with the memory.
+
+    A dump has prepared itself when it stops the tree. CRIU finds out about the tree only then, as a round does beside
+    copying.
+    """
+
+    def of(done: PrecopyRound) -> float:
+        memory = done.write_seconds
+        if final != "checkpoint":
+            either = max(done.scan_seconds, done.write_seconds)
+            memory = either if done.memory_seconds is None else done.memory_seconds
+        return max(0.0, done.seconds - memory)
+
+    return _mean([of(r) for r in _later(history)[-_LATELY:]]) or 0.0
+
+
+def _scanning(history: Sequence[PrecopyRound], dirty: float) -> float:
+    """Seconds that it takes to find so many bytes.
+
+    Part of a scan grows with what it finds, part does not, and which is which was not measured: so the geometric mean
+    of the two extremes.
+    """
+    seconds = _mean([r.scan_seconds for r in _later(history)[-_LATELY:]]) or 0.0
+    found = history[-1].bytes_written
+    return seconds * sqrt(min(1.0, dirty / found)) if found else seconds
+
+
+def _copying(history: Sequence[PrecopyRound], dirty: float, bandwidth: float | None) -> float | None:
+    """Seconds that it takes to copy so many bytes; None when that cannot be said."""
+    last = history[-1]
+    if not dirty:
+        return 0.0
+    if bandwidth is None:
+        return last.write_seconds if dirty < _WORTH_MEASURING else None
+    if last.bytes_written >= _WORTH_MEASURING:
+        return dirty / bandwidth
+    return last.write_seconds + max(0.0, dirty - last.bytes_written) / bandwidth
 
 
 def converges(history: Sequence[PrecopyRound]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.precopy import goes_on
 from benchmarks.report import Report, Verdict, alternate
 from incdump import kerndat
 from tests.targets import build
@@ -52,6 +53,8 @@ def test_every_benchmark_runs_and_judges_what_it_is_to_judge(images_root: Path) 
     assert _verdicts(results, "readers") == ["plain / cache", "scan / cache"] * 2
     assert len(_verdicts(results, "full")) == 1
     assert _verdicts(results, "incremental") == ["1% written / full"]
+    assert _verdicts(results, "precopy")[0] == "criu dump / incdump, checkpoint"
+    assert [v.partition(":")[0] for v in _verdicts(results, "precopy")[1:]] == ["checkpoint", "dump"]
     assert _verdicts(results, "memory") == ["the highest"]
     assert _verdicts(results, "startup") == ["until it looks for its target"]
     assert [r["name"] for r in results].count("slowdown") == 1
@@ -83,6 +86,25 @@ def test_contestants_take_turns_and_the_warm_up_does_not_count() -> None:
     figures = alternate({"a": lambda: contestant("a"), "b": lambda: contestant("b")}, 2)
     assert "".join(order) == "ababab"
     assert figures == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ([], True),
+        ([100_000], True),
+        ([64], False),
+        ([65], True),
+        ([1000, 1100], True),
+        ([1000, 1101], False),
+        ([1000, 500, 551], False),
+        ([1000, 64], False),
+        ([1000 - n for n in range(7)], True),
+        ([1000 - n for n in range(8)], False),
+    ],
+)
+def test_phauls_rule_ends_when_little_is_written_or_more_than_before(written: list[int], expected: bool) -> None:
+    assert goes_on(written) is expected
 
 
 def test_ratios_are_of_the_same_round_and_the_median_is_judged() -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incdump.model.precopy import Freeze, PrecopyPolicy, PrecopyRound, converges, estimate, should_stop
+from incdump.model.precopy import Final, Freeze, PrecopyPolicy, PrecopyRound, converges, estimate, should_stop
+from incdump.model.stats import DumpStats
 
 MIB = 1 << 20
 
@@ -70,14 +71,82 @@ def test_a_target_that_cannot_be_slowed_down_any_further_is_stopped() -> None:
     assert should_stop(rounds(6000, 6000), policy, throttled=1.0).verdict == "stop"
 
 
-def test_the_estimate_is_fixed_cost_scan_and_the_rest_by_the_bandwidth() -> None:
+def test_the_estimate_is_fixed_cost_and_the_rest_by_the_bandwidth() -> None:
     history = rounds(1000, 100, speed=1000.0, pause=1.0, scan=0.004)
     freeze = Freeze(seconds=0.1, scan_seconds=0.02, write_seconds=0.05)
     found = estimate(history, POLICY, [freeze])
     assert found.bandwidth == pytest.approx(1000 * MIB)
     assert found.dirty_rate == pytest.approx(100 * MIB / 2.004)
-    assert found.dirty_bytes == pytest.approx(100 * MIB / 2.004 * 0.104, rel=1e-6)
-    assert found.downtime == pytest.approx(0.03 + 0.004 + found.dirty_bytes / found.bandwidth, rel=1e-6)
+    # Written since the last scan: during the round, and until the last dump scans.
+    assert found.dirty_bytes == pytest.approx(100 * MIB / 2.004 * (0.104 + 0.004), rel=1e-6)
+    assert found.downtime == pytest.approx(0.05 + found.dirty_bytes / found.bandwidth, rel=1e-6)
+
+
+def test_scan_and_copy_go_on_side_by_side_and_the_longer_counts() -> None:
+    freeze = Freeze(seconds=0.03, scan_seconds=0.0, write_seconds=0.0)
+    quiet = estimate(rounds(1000, 0, scan=0.008), POLICY, [freeze])
+    assert quiet.downtime == pytest.approx(0.03 + 0.008)
+    little = estimate(rounds(1000, 2, speed=1e6, scan=0.5), POLICY, [freeze])
+    assert 0.03 < (little.downtime or 0) < 0.03 + 0.5 * 1.01
+
+
+def test_the_first_round_says_nothing_of_scans_and_copies_if_there_is_another() -> None:
+    first, second = rounds(1000, 100)
+    freeze = Freeze(seconds=0.03, scan_seconds=0.0, write_seconds=0.0)
+    found = [
+        estimate([replace(first, scan_seconds=scan, write_seconds=write), second], POLICY, [freeze])
+        for scan, write in ((0.001, 0.1), (0.3, 0.9))
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("final", ["dump", "checkpoint", "none"])
+def test_the_fixed_cost_is_learned_from_what_rounds_take_beside_the_memory(final: Final) -> None:
+    policy = replace(POLICY, final=final)
+
+    def quiet(seconds: float) -> float:
+        history = [replace(r, seconds=seconds, memory_seconds=0.0) for r in rounds(1000, 0, scan=0.0)]
+        return estimate(history, policy).downtime or 0.0
+
+    assert quiet(0.0) == 0.0
+    assert quiet(0.4) == pytest.approx(2 * quiet(0.2))
+    assert 0.1 < quiet(0.2) < 0.5
+
+
+def test_a_checkpoint_stops_the_tree_for_longer_than_a_dump() -> None:
+    history = [replace(r, seconds=r.seconds + 0.05) for r in rounds(1000, 10)]
+    of_dump, of_checkpoint = (estimate(history, replace(POLICY, final=final)) for final in ("dump", "checkpoint"))
+    assert (of_checkpoint.dirty_bytes or 0) > (of_dump.dirty_bytes or 0)
+    assert (of_checkpoint.downtime or 0) > 1.5 * (of_dump.downtime or 0)
+
+
+def test_what_is_prepared_before_the_freeze_is_no_part_of_a_dumps_but_of_a_checkpoints() -> None:
+    bare = [replace(r, seconds=r.seconds + 0.05) for r in rounds(1000, 0)]
+    prepared = [replace(r, memory_seconds=r.seconds - 0.01) for r in bare]
+    of_dumps = [estimate(h, POLICY).downtime or 0 for h in (bare, prepared)]
+    assert of_dumps[1] < of_dumps[0]
+    policy = replace(POLICY, final="checkpoint")
+    assert estimate(bare, policy).downtime == estimate(prepared, policy).downtime
+
+
+def test_the_fixed_cost_of_earlier_freezes_takes_its_place() -> None:
+    history = [replace(r, seconds=9.0) for r in rounds(1000, 0, scan=0.0)]
+    freezes = [Freeze(seconds=s, scan_seconds=0.01, write_seconds=0.02) for s in (0.05, 0.09)]
+    assert estimate(history, POLICY, freezes).downtime == pytest.approx((0.03 + 0.07) / 2)
+    assert Freeze(seconds=0.01, scan_seconds=0.02, write_seconds=0.0).fixed == 0.0
+
+
+def test_a_freeze_is_made_of_the_counters_of_its_dump() -> None:
+    stats = DumpStats(freezing_time=2_000, frozen_time=40_000, scan_time=5_000, memwrite_time=12_000)
+    assert Freeze.of(stats) == Freeze(seconds=0.042, scan_seconds=0.005, write_seconds=0.012)
+    assert Freeze.of(stats).fixed == pytest.approx(0.03)
+
+
+def test_few_pages_take_as_long_as_they_did_the_last_time() -> None:
+    freeze = Freeze(seconds=0.0, scan_seconds=0.0, write_seconds=0.0)
+    first, second = rounds(1000, 100, scan=0.0)
+    second = replace(second, bytes_written=40 * 4096, write_seconds=0.15)  # of many processes, one by one
+    assert estimate([first, second], POLICY, [freeze]).downtime == pytest.approx(0.15)
 
 
 def test_a_round_that_is_longer_ago_counts_less() -> None:
