@@ -113,7 +113,7 @@ def run(bench: Bench) -> Iterator[Report]:
         what = f"{_mib(bench)} MiB, {share}% of it written a second"
         yield _downtime(what, moved[share], not_here, judged=share == JUDGED_SHARE)
         yield _bytes(what, moved[share])
-    yield _estimates(guesses)
+    yield _estimates(guesses, {final: _against_medians(moved, _name(final)) for final in FINALS})
 
 
 def _mib(bench: Bench) -> int:
@@ -237,13 +237,26 @@ def _bytes(what: str, moved: dict[str, list[Moved]]) -> Report:
     return Report("precopy", f"bytes of all dumps of {what}", "B", figures=figures)
 
 
-def _estimates(guesses: dict[Final, Guesses]) -> Report:
+def _against_medians(moved: dict[int, dict[str, list[Moved]]], name: str) -> list[float]:
+    """Each downtime of a contestant, divided by the median of those with the same share."""
+    found = []
+    for all_done in moved.values():
+        times = [done.downtime for done in all_done[name]]
+        found += [time / median(times) for time in times]
+    return found
+
+
+def _estimates(guesses: dict[Final, Guesses], spread: dict[Final, list[float]]) -> Report:
+    """
+    :param spread: how far the downtimes lie apart themselves.
+    """
     report = Report("precopy", "the estimate that the loop stopped on, against the downtime that came of it")
     for final, guess in guesses.items():
         report.verdicts.append(Verdict(f"{final}: estimate / downtime", guess.made))
         report.verdicts.append(_often(final, guess.made, OFTEN))
         report.verdicts.append(Verdict(f"{final}, with earlier freezes: estimate / downtime", guess.taught))
         report.verdicts.append(_often(f"{final}, with earlier freezes", guess.taught))
+        report.verdicts.append(_often(f"{final}, downtime against the median of its kind", spread[final]))
     return report
 
 

@@ -9,8 +9,8 @@ which is `estimate`: scan and copy go on side by side. `should_stop` compares it
 
 No number of seconds is known beforehand. The fixed cost is what earlier freezes took, or, as long as there are none, so
 many times what a round takes beside copying: that too grows with the tree, and on a machine that is slower or busy. The
-first round copies everything, one page after the other, the later ones pages here and there, as the last dump does: so
-it counts only as long as there is no other.
+first round copies everything, one page after the other, the later ones pages here and there, as the last dump does: it
+counts for the best bandwidth only, as long as there is another.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ _WEIGHT = 0.5
 """Of the newest round in the weighted means: three rounds ago counts an eighth."""
 _WORTH_MEASURING = 1 << 20
 """Bytes of a round that tell of bandwidth; what is less takes as long as its system calls do."""
-_STOPPED = {"dump": 0.7, "none": 0.7, "checkpoint": 1.7}
+_STOPPED = {"dump": 0.7, "none": 0.7, "checkpoint": 1.4}
 """What a last dump that copies nothing stops the target for, in terms of what a round takes beside its memory (see
 `_beside_memory`). Ratios, measured on trees of 1 to 17 processes of 16 to 512 MiB, on a more or less busy machine."""
 _UNTIL_SCAN = {"dump": 1.0, "none": 1.0, "checkpoint": 2.5}
 """In the same terms: from the decision until it scans, while which the target writes on."""
 _LATELY = 3
-"""Rounds whose scans and other times count."""
+"""Rounds whose scans count."""
 _SHRINKS = 0.9
 """Of the least that was written in an earlier round; more, twice in a row, and the rounds no longer shrink."""
 
@@ -243,15 +243,24 @@ def _later(history: Sequence[PrecopyRound]) -> Sequence[PrecopyRound]:
 
 
 def _bandwidth(history: Sequence[PrecopyRound]) -> float | None:
-    for rounds in (_later(history), history):
-        measured = [r for r in rounds if r.bytes_written >= _WORTH_MEASURING and r.write_seconds]
-        if measured:
-            return _mean([r.bytes_written / r.write_seconds for r in measured])
-    return None
+    """Between what there was lately, while the target ran and wrote beside it, and the best that was seen.
+
+    What is to be said is how fast pages that lie apart are copied from a target that stands still: that is no slower
+    than the one and hardly quicker than the other.
+    """
+
+    def speeds(rounds: Sequence[PrecopyRound]) -> list[float]:
+        return [
+            r.bytes_written / r.write_seconds for r in rounds if r.bytes_written >= _WORTH_MEASURING and r.write_seconds
+        ]
+
+    lately = _mean(speeds(_later(history)) or speeds(history))
+    return None if lately is None else (lately + max(speeds(history))) / 2
 
 
 def _beside_memory(history: Sequence[PrecopyRound], final: Final) -> float:
-    """Seconds that a round takes beside what a last dump does with the memory.
+    """Seconds that a round takes beside what a last dump does with the memory: the least of them, for it grows with the
+    chain.
 
     A dump has prepared itself when it stops the tree. CRIU finds out about the tree only then, as a round does beside
     copying.
@@ -264,7 +273,7 @@ def _beside_memory(history: Sequence[PrecopyRound], final: Final) -> float:
             memory = either if done.memory_seconds is None else done.memory_seconds
         return max(0.0, done.seconds - memory)
 
-    return _mean([of(r) for r in _later(history)[-_LATELY:]]) or 0.0
+    return min(map(of, _later(history)))
 
 
 def _scanning(history: Sequence[PrecopyRound], dirty: float) -> float:

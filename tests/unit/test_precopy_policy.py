@@ -90,14 +90,28 @@ def test_scan_and_copy_go_on_side_by_side_and_the_longer_counts() -> None:
     assert 0.03 < (little.downtime or 0) < 0.03 + 0.5 * 1.01
 
 
-def test_the_first_round_says_nothing_of_scans_and_copies_if_there_is_another() -> None:
+def test_the_first_round_says_nothing_of_scans_if_there_is_another() -> None:
     first, second = rounds(1000, 100)
     freeze = Freeze(seconds=0.03, scan_seconds=0.0, write_seconds=0.0)
     found = [
         estimate([replace(first, scan_seconds=scan, write_seconds=write), second], POLICY, [freeze])
-        for scan, write in ((0.001, 0.1), (0.3, 0.9))
+        for scan, write in ((0.001, 1.0), (0.3, 2.9))
     ]
     assert found[0] == found[1]
+
+
+def test_the_bandwidth_is_between_the_latest_and_the_best() -> None:
+    first, *later = rounds(1000, 100, 100, 100, 100)
+    slower = [replace(r, write_seconds=4 * r.write_seconds) for r in later]
+    found = estimate([first, *slower], POLICY).bandwidth
+    assert found == pytest.approx((1000 + 250) / 2 * MIB)
+
+
+def test_what_a_round_takes_beside_the_memory_is_the_least_that_was_seen() -> None:
+    first, *later = rounds(1000, 0, 0, scan=0.0)
+    slow, quick = (replace(r, seconds=seconds) for r, seconds in zip(later, (0.3, 0.1), strict=True))
+    found = [estimate([first, *rest], POLICY).downtime for rest in ([quick], [slow, quick], [quick, slow])]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("final", ["dump", "checkpoint", "none"])
