@@ -154,7 +154,7 @@ async def migrate(
             loop = _Loop(
                 pid,
                 Path(place),
-                replace(policy or PrecopyPolicy(), final="checkpoint"),
+                replace(policy or PrecopyPolicy(), final="checkpoint", restore_rate=source.restore_rate),
                 replace(
                     options,
                     page_server=(address, port),
@@ -229,6 +229,7 @@ class _Source:
 
     :ivar token: by which the receiver knows what belongs to it.
     :ivar restores: whether the receiver restores.
+    :ivar restore_rate: bytes that it restores in a second; None: not known.
     :ivar downtime: see `MigrateResult`.
     :ivar switched: the parts of it that are no checkpoint's.
     """
@@ -257,6 +258,7 @@ class _Source:
         self.receiver = f"{address} port {port}"
         self.token = ""
         self.restores = False
+        self.restore_rate: float | None = None
         self.downtime: float | None = None
         self.switched: list[FreezePart] = []
         self.warnings: list[str] = []
@@ -302,6 +304,9 @@ class _Source:
                 problems=problems,
             )
         self.token, self.restores = str(answer.get("token")), answer.get("restores") is True
+        rate = answer.get("restore_rate")
+        if self.restores and isinstance(rate, float) and rate > 0:
+            self.restore_rate = rate
 
     # -- the switch ------------------------------------------------------------------------------------------------
 

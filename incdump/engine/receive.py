@@ -28,7 +28,7 @@ from incdump.engine.hooks import call_hook
 from incdump.engine.listener import Listener
 from incdump.engine.page_server import PageServerOptions, Sessions
 from incdump.engine.pipeline import first_cause
-from incdump.engine.requirements import problems, who
+from incdump.engine.requirements import problems, restore_rate, who
 from incdump.engine.restore import HeldRestore, prove
 from incdump.engine.threads import in_thread
 from incdump.errors import CannotMigrate, ImagesDirInUse, IncdumpError, MigrationError, ProtocolError
@@ -370,7 +370,9 @@ class _Arrival:
     async def _receive(self, talk: Conversation, tree: object) -> None:
         lacks = await in_thread(problems, tree, self._criu)
         self._pid, self._comm = who(tree)
-        about = {"restores": self._criu is not None, "criu": None if self._criu is None else str(self._criu)}
+        about: dict[str, object] = {"restores": self._criu is not None}
+        if self._criu is not None:
+            about |= {"criu": str(self._criu), "restore_rate": await in_thread(restore_rate)}
         await talk.say("welcome", token=self.token, problems=lacks, **about)
         if lacks:
             raise CannotMigrate("; ".join(lacks), problems=tuple(lacks))

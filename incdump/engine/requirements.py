@@ -8,11 +8,13 @@ page size, CRIU's version and what ``criu check`` says, the process numbers, the
 from __future__ import annotations
 
 import base64
+import mmap
 import os
 import platform
 import stat
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,8 @@ _SECONDS = 60
 _NAMED = 5
 """Things of a kind that are named in the message; the rest are counted."""
 _DELETED = " (deleted)"
+_TRIED = 32 << 20
+"""Bytes."""
 
 
 def describe(pid: int, criu: Criu) -> dict[str, Any]:
@@ -171,6 +175,20 @@ def _problems(tree: dict[str, Any], criu: Criu) -> Iterator[str]:
                 yield f"its processor lacks what the tree's programs may use: {why}"
     yield from _several("process numbers that the tree has are in use there", _in_use(tree["pids"]))
     yield from _several("files that the tree has mapped are missing or other ones there", _other_files(tree["files"]))
+
+
+def restore_rate() -> float:
+    """How many bytes a second this host fills fresh memory with, from files in its page cache. Measured; blocks.
+
+    That is what a restore does most of the time, and what the tree has to wait for.
+    """
+    with tempfile.TemporaryFile() as file:
+        file.truncate(_TRIED)
+        with mmap.mmap(file.fileno(), _TRIED, mmap.MAP_SHARED | mmap.MAP_POPULATE):
+            began = time.perf_counter()
+            with mmap.mmap(-1, _TRIED, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+                os.preadv(file.fileno(), [memory], 0)
+                return _TRIED / (time.perf_counter() - began)
 
 
 def _in_use(pids: Sequence[int]) -> Iterator[str]:

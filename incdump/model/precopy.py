@@ -61,6 +61,8 @@ class PrecopyPolicy:
         it takes; ``"throttle"``: slow it down, step by step, until the rest is small enough.
     :ivar max_rounds: pre-dumps after which it is stopped in any case; None for any number.
     :ivar final: what comes last.
+    :ivar restore_rate: of a migration: bytes of memory that are brought back in a second over there, while the target
+        stands still; None: nothing is.
     """
 
     downtime: float = 0.3
@@ -68,6 +70,7 @@ class PrecopyPolicy:
     on_timeout: OnTimeout = "cancel"
     max_rounds: int | None = None
     final: Final = "dump"
+    restore_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +225,7 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     beside = _beside_memory(history, policy.final)
     fixed = _mean([freeze.fixed for freeze in freezes])
     if fixed is None:
-        fixed = _STOPPED[policy.final] * beside
+        fixed = _STOPPED[policy.final] * beside + _restoring(history, policy)
     last = history[-1]
     dirty: float | None = None
     if not last.bytes_written:
@@ -235,6 +238,11 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     downtime = None if dirty is None or copying is None else fixed + max(_scanning(history, dirty), copying)
     dirty_bytes = None if dirty is None else int(dirty)
     return Estimate(dirty_rate=rate, bandwidth=bandwidth, dirty_bytes=dirty_bytes, downtime=downtime)
+
+
+def _restoring(history: Sequence[PrecopyRound], policy: PrecopyPolicy) -> float:
+    """Seconds that it takes to fill all memory over there: of that it has none before."""
+    return 0.0 if policy.restore_rate is None else history[-1].pages_scanned * PAGE_SIZE / policy.restore_rate
 
 
 def _later(history: Sequence[PrecopyRound]) -> Sequence[PrecopyRound]:

@@ -150,6 +150,17 @@ def test_the_fixed_cost_of_earlier_freezes_takes_its_place() -> None:
     assert Freeze(seconds=0.01, scan_seconds=0.02, write_seconds=0.0).fixed == 0.0
 
 
+def test_what_is_restored_elsewhere_is_waited_for_all_of_it() -> None:
+    history = rounds(1000, 10)
+    here = estimate(history, replace(POLICY, final="checkpoint")).downtime
+    there = estimate(history, replace(POLICY, final="checkpoint", restore_rate=1024.0 * MIB)).downtime
+    assert here is not None
+    assert there == pytest.approx(here + 2.0)  # 2 GiB at 1 GiB a second
+    freeze = Freeze(seconds=0.5, scan_seconds=0.0, write_seconds=0.0)  # which had its own restore in it
+    with_it = replace(POLICY, final="checkpoint", restore_rate=1024.0 * MIB)
+    assert estimate(history, with_it, [freeze]) == estimate(history, replace(POLICY, final="checkpoint"), [freeze])
+
+
 def test_a_freeze_is_made_of_the_counters_of_its_dump() -> None:
     stats = DumpStats(freezing_time=2_000, frozen_time=40_000, scan_time=5_000, memwrite_time=12_000)
     assert Freeze.of(stats) == Freeze(seconds=0.042, scan_seconds=0.005, write_seconds=0.012)

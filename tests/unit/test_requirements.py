@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from incdump.criu.program import Criu
-from incdump.engine.requirements import problems
+from incdump.engine.requirements import problems, restore_rate
 from incdump.errors import ProtocolError
 from incdump.model.runs import PAGE_SIZE
 
@@ -90,3 +90,7 @@ def test_what_is_no_regular_file_is_not_opened(criu: Criu, tmp_path: Path) -> No
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     (found,) = problems(tree(files={str(pipe): {"size": 0, "build_id": ""}}), criu)
     assert "(missing)" in found
+
+
+def test_how_fast_memory_is_filled_is_measured() -> None:
+    assert 1e6 < restore_rate() < 1e12
