@@ -9,18 +9,21 @@ are CRIU's (which pages belong to a process) and the invariants (when a page may
   it.
 - A swapped-out page in a private *file* mapping is never a hole: what looks like one can be the marker that write
   protection leaves behind when such a page is discarded (MADV_DONTNEED), and then the page is the file's again.
+
+Only in the rounds of a pre-copy loop there is a third way: a page that is written in every round is deferred, and gets
+no entry (`incdump.model.hot`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntFlag
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from incdump.model.regions import PageIs, Window, split_at
-from incdump.model.runs import PAGE_SHIFT, PE_LAZY, PE_PARENT, PE_PRESENT, canonical, empty_regions, member
+from incdump.model.runs import PAGE_SHIFT, PE_LAZY, PE_PARENT, PE_PRESENT, canonical, empty_regions, empty_runs, member
 from incdump.model.vmas import Prot, VmaFlag, VmaKind, VmaTable
 
 if TYPE_CHECKING:
@@ -70,6 +73,8 @@ class Classified:
     :ivar holes: of these, left to the parent.
     :ivar pages: of these, to be written.
     :ivar unwatched: of these, not watched by any tracker.
+    :ivar deferred: of those that belong to the process, neither written nor left to the parent: without an entry.
+    :ivar written: the pages that the tracker called written, if that was asked for.
     """
 
     entries: Entries
@@ -77,6 +82,8 @@ class Classified:
     holes: int
     pages: int
     unwatched: int
+    deferred: int = 0
+    written: Runs = field(default_factory=empty_runs)
 
 
 _NOTHING = Classified(empty_regions(), 0, 0, 0, 0)
@@ -87,6 +94,7 @@ def classify(
     vmas: VmaTable,
     rule: NDArray[np.uint8],
     parent: Runs | None,
+    hot: Runs | None = None,
 ) -> Classified:
     """Classify the pages of a window.
 
@@ -95,8 +103,10 @@ def classify(
     :param rule: what `rules` said of them.
     :param parent: the pages that the parent's pagemap has, if the tracker's answer is about the time since the parent
         dump; None if it is not, or there is no parent: then there are no holes.
+    :param hot: pages to defer if they were written once more, canonical; None: no page is deferred, and what was
+        written is not told.
     """
-    lo, hi, at, category = _pieces(window, vmas, parent)
+    lo, hi, at, category = _pieces(window, vmas, parent, hot)
     of = rule[at]
     payload = _payload(category, of)
     if not payload.any():
@@ -109,22 +119,33 @@ def classify(
     flags = np.where((of & Rule.LAZY) != 0, np.uint64(PE_PRESENT | PE_LAZY), np.uint64(PE_PRESENT))
     flags[hole] = PE_PARENT
     unwatched = (category & np.uint64(PageIs.WPALLOWED)) == 0
-    scanned, holes = int(size.sum()), int(size[hole].sum())
-    return Classified(_joined(lo, hi, flags), scanned, holes, scanned - holes, int(size[unwatched].sum()))
+    written = _written(category, of) if hot is not None else np.zeros(len(lo), bool)
+    deferred = written & member(empty_runs() if hot is None else hot, lo)
+    scanned, holes, left_out = int(size.sum()), int(size[hole].sum()), int(size[deferred].sum())
+    return Classified(
+        _joined(lo[~deferred], hi[~deferred], flags[~deferred]),
+        scanned,
+        holes,
+        scanned - holes - left_out,
+        int(size[unwatched].sum()),
+        left_out,
+        canonical(np.stack((lo[written], hi[written]), axis=1)),
+    )
 
 
 def _pieces(
-    window: Window, vmas: VmaTable, parent: Runs | None
+    window: Window, vmas: VmaTable, *cutting: Runs | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64], NDArray[np.uint64]]:
-    """The regions that lie in VMAs, cut wherever a VMA or a run of the parent begins or ends: start, end, VMA index,
+    """The regions that lie in VMAs, cut wherever a VMA, or a run of some sets, begins or ends: start, end, VMA index,
     categories."""
     first = int(np.searchsorted(vmas.end, np.uint64(window.lo), "right"))
     last = int(np.searchsorted(vmas.start, np.uint64(window.hi), "left"))
     cuts = [vmas.start[first:last], vmas.end[first:last]]
-    if parent is not None and len(parent):
-        a = int(np.searchsorted(parent[:, 1], np.uint64(window.lo), "right"))
-        b = int(np.searchsorted(parent[:, 0], np.uint64(window.hi), "left"))
-        cuts.append(parent[a:b].ravel())
+    for runs in cutting:
+        if runs is not None and len(runs):
+            a = int(np.searchsorted(runs[:, 1], np.uint64(window.lo), "right"))
+            b = int(np.searchsorted(runs[:, 0], np.uint64(window.hi), "left"))
+            cuts.append(runs[a:b].ravel())
     pieces = split_at(window.regions, np.concatenate(cuts))
     at = vmas.at(pieces[:, 0])
     if (at < 0).any():
@@ -149,8 +170,19 @@ def _clean(category: NDArray[np.uint64], rule: NDArray[np.uint8]) -> NDArray[np.
     return allowed
 
 
+def _written(category: NDArray[np.uint64], rule: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Of which pages a tracker says so: of these, and no others, it will tell again."""
+    told: NDArray[np.bool_] = (category & np.uint64(PageIs.WPALLOWED | PageIs.WRITTEN)) == (
+        PageIs.WPALLOWED | PageIs.WRITTEN
+    )
+    told &= (rule & Rule.HOLE) != 0
+    return told
+
+
 def _joined(lo: NDArray[np.uint64], hi: NDArray[np.uint64], flags: NDArray[np.uint64]) -> Entries:
     """Neighbours that touch and have the same flags become one entry."""
+    if not len(lo):
+        return empty_regions()
     new = np.empty(len(lo), bool)
     new[0] = True
     np.logical_or(lo[1:] != hi[:-1], flags[1:] != flags[:-1], out=new[1:])
@@ -164,7 +196,7 @@ def payload_runs(window: Window, vmas: VmaTable, rule: NDArray[np.uint8], wanted
 
     These are what the content tracker is asked about.
     """
-    lo, hi, at, category = _pieces(window, vmas, None)
+    lo, hi, at, category = _pieces(window, vmas)
     of = rule[at]
     unwatched = (category & np.uint64(PageIs.WPALLOWED)) == 0
     chosen = _payload(category, of) & unwatched & ((of & wanted) == wanted)

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from incdump.engine.pipeline import PageOwner
     from incdump.freeze.seize import Frozen
     from incdump.holder.client import Keeper
+    from incdump.model.hot import HotPages
     from incdump.proc.tree import Task
 
 Kind = Literal["pre-dump", "dump"]
@@ -132,7 +133,11 @@ class DumpRun:
         options: DumpOptions,
         keeper: Keeper,
         progress: Callable[[str, DumpStats], None] | None = None,
+        hot: HotPages | None = None,
     ) -> None:
+        """
+        :param hot: of a pre-dump in a loop: pages that are written in every round are left to a later dump.
+        """
         self._kind: Kind = kind
         self._pid = pid
         self._path = images_dir
@@ -140,6 +145,7 @@ class DumpRun:
         self._options = options
         self._keeper = keeper
         self._progress = progress
+        self._hot = hot if kind == "pre-dump" else None  # nothing comes after a dump
         self._stats = DumpStats()
         self._warn = Warn()
         self._generation = os.urandom(16).hex()
@@ -226,6 +232,7 @@ class DumpRun:
             stats=self._stats,
             runs_in_memory_of=self._runs_in_memory_of,
             check_incremental=self._check_incremental,
+            hot=self._hot,
         )
 
     # -- the two kinds of dump ------------------------------------------------------------------------------------
@@ -423,6 +430,9 @@ class DumpRun:
             for process in self._processes.values():
                 if not process.exited:
                     process.commit(self._generation)
+        if self._hot is not None:
+            told = {process.identity: process.written() for process in self._processes.values()}
+            self._hot.note({identity: runs for identity, runs in told.items() if runs is not None})
 
     def _meta(self) -> dict[str, object]:
         alive = [p for p in self._processes.values() if not p.exited]

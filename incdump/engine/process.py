@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from incdump.holder.client import Keeper
     from incdump.images.images_dir import Kind
     from incdump.images.new_dir import NewImagesDir
+    from incdump.model.hot import HotPages, Process
     from incdump.model.runs import Regions, Runs
     from incdump.model.stats import DumpStats
     from incdump.model.vmas import VmaTable
@@ -61,6 +62,7 @@ class Means:
     :ivar runs_in_memory_of: tells of a process which other one has the same address space (vfork): there is one tracker
         for both.
     :ivar check_incremental: says so, or raises, when a process turns out not to be incremental only now.
+    :ivar hot: of a round of the pre-copy loop: what was written in the rounds before; else None: no page is deferred.
     """
 
     images: NewImagesDir
@@ -76,6 +78,7 @@ class Means:
     stats: DumpStats
     runs_in_memory_of: Callable[[Task], int | None]
     check_incremental: Callable[[ProcessDump], None]
+    hot: HotPages | None = None
 
     def new_image(self, kind: Kind, number: int) -> PageTable:
         """An empty image of a process or a segment."""
@@ -117,10 +120,17 @@ class ProcessDump:
         self._collected: list[Window] | None = None
         self._compared = 0
         self._stands_still = False
-        self._counted = np.zeros(4, np.int64)
+        self._hot: Runs | None = None
+        self._written: list[Runs] = []
+        self._counted = np.zeros(5, np.int64)
 
     def __repr__(self) -> str:
         return f"<ProcessDump {self.task.pid} {self.task.comm!r}{' exited' if self.exited else ''}>"
+
+    @property
+    def identity(self) -> Process:
+        """Which process it is, for as long as the machine runs."""
+        return self.task.pid, self.task.start_time
 
     # -- before the scan ------------------------------------------------------------------------------------------
 
@@ -202,6 +212,8 @@ class ProcessDump:
         if anew and self.incremental:
             self.incremental = False
             self._means.check_incremental(self)
+        if self._means.hot is not None and self.incremental:
+            self._hot = self._means.hot.before(self.identity)
         self._image = self._image or self._new_image()
         self._hashed_spans = canonical(vmas.spans(((self._rule & Rule.HOLE) != 0) & ~watched))
         whole = vmas.of_kind(VmaKind.VDSO, VmaKind.AIO_RING)
@@ -257,7 +269,11 @@ class ProcessDump:
     def classify(self, window: Window) -> Classified:
         """See `incdump.engine.pipeline.PageOwner`."""
         assert self.vmas is not None
-        return classify(window, self.vmas, self._rule, None if self._parent is None else self._parent.covered)
+        covered = None if self._parent is None else self._parent.covered
+        classified = classify(window, self.vmas, self._rule, covered, self._hot)
+        if self._hot is not None:
+            self._written.append(classified.written)
+        return classified
 
     def chunks(self, classified: Classified) -> Iterator[Chunk]:
         """See `incdump.engine.pipeline.PageOwner`."""
@@ -279,14 +295,17 @@ class ProcessDump:
     def count(self, classified: Classified, stats: DumpStats) -> None:
         """See `incdump.engine.pipeline.PageOwner`."""
         unwatched = classified.unwatched if self._means.tracker != content.NAME else 0
-        self._add(stats, classified.scanned, classified.holes, classified.pages, unwatched)
+        self._add(stats, classified.scanned, classified.holes, classified.pages, unwatched, classified.deferred)
 
-    def _add(self, stats: DumpStats, scanned: int, holes: int, pages: int, unwatched: int = 0) -> None:
+    def _add(
+        self, stats: DumpStats, scanned: int, holes: int, pages: int, unwatched: int = 0, deferred: int = 0
+    ) -> None:
         stats.pages_scanned += scanned
         stats.pages_skipped_parent += holes
         stats.pages_written += pages
         stats.pages_untracked += unwatched
-        self._counted += (scanned, holes, pages, unwatched)
+        stats.pages_deferred += deferred
+        self._counted += (scanned, holes, pages, unwatched, deferred)
 
     def write_code_again(self, buffer: NDArray[np.uint8]) -> None:
         """Copy what is mapped as executable once more. Blocks.
@@ -320,6 +339,10 @@ class ProcessDump:
         table = self._hashes.table(drop=failed)
         if len(table):
             self._means.images.write_raw(f"incdump-hashes-{self.task.vpid}", table.encode())
+
+    def written(self) -> Runs | None:
+        """What the tracker called written since the parent dump; None if it could not tell, or nobody asks."""
+        return None if self._hot is None or self.exited else canonical(np.concatenate([empty_runs(), *self._written]))
 
     def commit(self, generation: str) -> None:
         """The images dir is complete. Blocks."""

@@ -3,9 +3,10 @@
 Pre-dumps run one after the other while the target runs on. Each tells how much was written since the one before, so how
 fast the target writes; and how fast that was copied. If the target were stopped now, it would stand still for
 
-    a fixed cost  +  the longer of  the scan  and  (bytes written since the last scan) / bandwidth
+    a fixed cost  +  the longer of  the scan  and  (bytes deferred + bytes written since the last scan) / bandwidth
 
-which is `estimate`: scan and copy go on side by side. `should_stop` compares it with the budget.
+where deferred is what the last round left out because it is written in every round (`incdump.model.hot`): it has to be
+copied in any case. That is `estimate`: scan and copy go on side by side. `should_stop` compares it with the budget.
 
 No number of seconds is known beforehand. The fixed cost is what earlier freezes took, or, as long as there are none, so
 many times what a round takes beside copying: that too grows with the tree, and on a machine that is slower or busy. The
@@ -48,7 +49,7 @@ _UNTIL_SCAN = {"dump": 1.0, "none": 1.0, "checkpoint": 2.5}
 _LATELY = 3
 """Rounds whose scans count."""
 _SHRINKS = 0.9
-"""Of the least that was written in an earlier round; more, twice in a row, and the rounds no longer shrink."""
+"""Of the least that was dirty in an earlier round; more, twice in a row, and the rounds no longer shrink."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class PrecopyRound:
     :ivar bytes_written: pages copied, bytes.
     :ivar throttled: how much of the time the target was kept stopped meanwhile, 0 to 1.
     :ivar memory_seconds: preparing the processes, scan and copy, which go on side by side; None: not known.
+    :ivar bytes_deferred: pages that were written, but not copied, because they are written in every round.
     """
 
     number: int
@@ -97,6 +99,12 @@ class PrecopyRound:
     bytes_written: int
     throttled: float = 0.0
     memory_seconds: float | None = None
+    bytes_deferred: int = 0
+
+    @property
+    def bytes_dirty(self) -> int:
+        """What was found to be dirty, copied or not."""
+        return self.bytes_written + self.bytes_deferred
 
     @property
     def ended(self) -> float:
@@ -116,6 +124,7 @@ class PrecopyRound:
             bytes_written=(stats.pages_written + stats.shpages_written) * PAGE_SIZE,
             throttled=throttled,
             memory_seconds=stats.memdump_time / 1e6,
+            bytes_deferred=stats.pages_deferred * PAGE_SIZE,
         )
 
 
@@ -173,7 +182,8 @@ class Freeze:
 class Estimate:
     """What would happen if the target were stopped now.
 
-    :ivar dirty_rate: bytes that it writes in a second, each page counted once a round; None before the second round.
+    :ivar dirty_rate: bytes that it writes in a second, each page counted once a round, deferred ones too; None before
+        the second round.
     :ivar bandwidth: bytes copied in a second; None before anything was copied.
     :ivar dirty_bytes: to be copied; None when the rate is not known.
     :ivar downtime: seconds for which it would stand still; None when something of this is not known.
@@ -220,20 +230,23 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     :param history: the rounds so far, at least one.
     :param freezes: earlier final dumps of such a target.
     """
-    rates = [later.bytes_written / max(later.started - earlier.started, 1e-6) for earlier, later in pairwise(history)]
-    rate, bandwidth = _mean(rates), _bandwidth(history)
+    apart = [max(later.started - earlier.started, 1e-6) for earlier, later in pairwise(history)]
+    rate = _mean([r.bytes_dirty / seconds for r, seconds in zip(history[1:], apart, strict=True)])
+    # What was deferred is dirty already, so it is not counted by this rate.
+    others = _mean([r.bytes_written / seconds for r, seconds in zip(history[1:], apart, strict=True)])
+    bandwidth = _bandwidth(history)
     beside = _beside_memory(history, policy.final)
     fixed = _mean([freeze.fixed for freeze in freezes])
     if fixed is None:
         fixed = _STOPPED[policy.final] * beside + _restoring(history, policy)
     last = history[-1]
     dirty: float | None = None
-    if not last.bytes_written:
+    if not last.bytes_dirty:
         dirty = 0.0
-    elif rate is not None:
+    elif others is not None:
         # What the target writes again and again counts once, so no more than all there is.
         until_scan = last.seconds + _UNTIL_SCAN[policy.final] * beside
-        dirty = min(rate * until_scan, float(last.pages_scanned * PAGE_SIZE))
+        dirty = min(last.bytes_deferred + others * until_scan, float(last.pages_scanned * PAGE_SIZE))
     copying = None if dirty is None else _copying(history, dirty, bandwidth)
     downtime = None if dirty is None or copying is None else fixed + max(_scanning(history, dirty), copying)
     dirty_bytes = None if dirty is None else int(dirty)
@@ -291,7 +304,7 @@ def _scanning(history: Sequence[PrecopyRound], dirty: float) -> float:
     of the two extremes.
     """
     seconds = _mean([r.scan_seconds for r in _later(history)[-_LATELY:]]) or 0.0
-    found = history[-1].bytes_written
+    found = history[-1].bytes_dirty
     return seconds * sqrt(min(1.0, dirty / found)) if found else seconds
 
 
@@ -309,7 +322,7 @@ def _copying(history: Sequence[PrecopyRound], dirty: float, bandwidth: float | N
 
 def converges(history: Sequence[PrecopyRound]) -> bool:
     """Whether the rounds still shrink; the first two say nothing."""
-    sizes = [r.bytes_written for r in history[1:]]
+    sizes = [r.bytes_dirty for r in history[1:]]
     return len(sizes) < 3 or min(sizes[-2:]) < _SHRINKS * min(sizes[:-2])
 
 
@@ -328,7 +341,7 @@ def should_stop(
         return Decision(verdict=verdict, why=why, estimate=now, converges=shrinks)
 
     last = history[-1]
-    if not last.bytes_written:
+    if not last.bytes_dirty:
         return decide("stop", "nothing was written since the last round")
     if now.downtime is not None and now.downtime <= policy.downtime:
         return decide("stop", f"the rest takes about {now.downtime * 1e3:.0f} ms")

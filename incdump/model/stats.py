@@ -34,6 +34,8 @@ class DumpStats:
         time of a dump; the injection of one system call when tracking starts.
     :ivar pages_untracked: pages written whole because no tracker could vouch for their mapping or process.
     :ivar pages_compared: pages read and compared by hash, for want of a tracker or by ``--tracker content``.
+    :ivar pages_deferred: of pages_scanned, left out of a round of the pre-copy loop because they are written in every
+        round: neither written nor left to the parent images.
     :ivar pages_vanished: pages that were gone before they could be read (pre-dumps of a running target only).
     :ivar bytes_written: size of all pages images.
     """
@@ -56,6 +58,7 @@ class DumpStats:
     stopped_time: int = 0
     pages_untracked: int = 0
     pages_compared: int = 0
+    pages_deferred: int = 0
     pages_vanished: int = 0
     bytes_written: int = 0
 

@@ -34,6 +34,7 @@ from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import ScanReader
 from incdump.proc.pagemap.pme import clip_to
+from incdump.proc.pagemap.reader import join_near
 from incdump.tracking.ledger import Ledger, coarser
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ _TRACKABLE = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
 _NOT_OURS = PageIs.FILE | PageIs.PFNZERO | PageIs.GUARD
 _PROBE = 1 << 30  # any address will do: what is there, if anything, counts as written once more
 _MOST_TRIES = 16
+_WORTH_A_CALL = 64 << 20
+"""Bytes of pages that are clean, and of no interest, that the kernel tells in the time that one more call takes."""
 _MAX_GIVE_BACK = 1 << 14
 """More runs than this are given back in coarser spans: what is given back in excess is only written once more."""
 
@@ -204,8 +207,9 @@ class UffdWpRound:
         doubtful = subtract(silent, in_parent)
         asked = empty_regions()
         if len(doubtful):
-            part = vmas.within(int(doubtful[0, 0]), int(doubtful[-1, 1]))
-            found = [there.regions for there in ScanReader(in_steps=False).windows(self._pagemap_fd, part)]
+            scan = ScanReader(in_steps=False)
+            parts = [vmas.within(lo, hi) for lo, hi in join_near(doubtful, _WORTH_A_CALL).tolist()]
+            found = [there.regions for part in parts for there in scan.windows(self._pagemap_fd, part)]
             asked = clip_to(np.concatenate([asked, *found]), doubtful)
         return with_clean(window, subtract(silent, doubtful), asked)
 

@@ -82,9 +82,16 @@ def belongs(category: int, vma: Vma | None) -> bool:
     return whole or not category & (PageIs.FILE | PageIs.PFNZERO)
 
 
-def fate(page: int, category: int, vma: Vma | None, parent: set[int] | None) -> int | None:
+def is_told_written(category: int, vma: Vma | None) -> bool:
+    """Whether a tracker says that a page of a process was written, and will say so again."""
+    told = PageIs.WPALLOWED | PageIs.WRITTEN
+    trackable = (VmaKind.ANON, VmaKind.FILE_PRIVATE)
+    return belongs(category, vma) and vma is not None and vma.kind in trackable and category & told == told
+
+
+def fate(page: int, category: int, vma: Vma | None, parent: set[int] | None, hot: Collection[int] = ()) -> int | None:
     """The flags of a page's entry, or None when it gets none."""
-    if not belongs(category, vma):
+    if not belongs(category, vma) or (page in hot and is_told_written(category, vma)):
         return None
     assert vma is not None
     vouched_for = bool(category & PageIs.WPALLOWED) and not category & PageIs.WRITTEN
@@ -135,6 +142,45 @@ def test_every_page_meets_the_fate_that_the_rules_have_for_it(
     assert result.holes == sum(f == IN_PARENT for f in expected.values())
     assert result.pages == result.scanned - result.holes
     assert result.unwatched == sum(not pages[p] & PageIs.WPALLOWED for p in expected)
+
+
+@thoroughly
+@given(vma_lists(), page_dicts(categories), page_sets, parents, page_sets)
+def test_a_hot_page_that_was_written_once_more_gets_no_entry_and_no_other_page_is_touched_by_that(
+    vmas: list[Vma], pages: dict[int, int], splits: set[int], parent: set[int] | None, hot: set[int]
+) -> None:
+    vma_table = table_of(vmas)
+    window = Window(0, END * PAGE, regions_of(pages, splits))
+    known = None if parent is None else runs_of(parent)
+    result = classify(window, vma_table, rules(vma_table), known, runs_of(hot))
+    fates = {p: fate(p, c, vma_at(vmas, p), parent, hot) for p, c in pages.items()}
+    expected = {p: f for p, f in fates.items() if f is not None}
+    written = {p for p, c in pages.items() if is_told_written(c, vma_at(vmas, p))}
+    assert flags_of(result.entries) == expected
+    assert pages_of(result.written) == written
+    assert result.deferred == len(written & hot)
+    assert result.holes == sum(f == IN_PARENT for f in expected.values())
+    assert result.pages == len(expected) - result.holes
+    assert result.scanned == len(expected) + result.deferred
+
+
+@thoroughly
+@given(vma_lists(), page_dicts(categories), page_sets, page_sets, st.sampled_from((0, PageIs.WRITTEN)))
+def test_whatever_was_deferred_is_in_the_next_dump(
+    vmas: list[Vma], pages: dict[int, int], parent: set[int], hot: set[int], meanwhile: int
+) -> None:
+    """Also if it was not written since, and if nobody watches it any more: the parent images lack it."""
+    vma_table = table_of(vmas)
+    rule = rules(vma_table)
+    first = classify(Window(0, END * PAGE, regions_of(pages)), vma_table, rule, runs_of(parent), runs_of(hot))
+    entries = flags_of(first.entries)
+    deferred = {p for p, c in pages.items() if belongs(c, vma_at(vmas, p))} - set(entries)
+    assert len(deferred) == first.deferred
+    for watched in (PageIs.WPALLOWED, 0):
+        later = {p: c & ~(PageIs.WRITTEN | PageIs.WPALLOWED) | meanwhile | watched for p, c in pages.items()}
+        window = Window(0, END * PAGE, regions_of(later))
+        second = flags_of(classify(window, vma_table, rule, runs_of(set(entries))).entries)
+        assert all(second[p] & PRESENT for p in deferred)
 
 
 @moderately

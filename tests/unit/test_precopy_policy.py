@@ -14,10 +14,13 @@ from incdump.model.stats import DumpStats
 MIB = 1 << 20
 
 
-def rounds(*sizes: int, speed: float = 1000.0, pause: float = 0.0, scan: float = 0.001) -> list[PrecopyRound]:
+def rounds(
+    *sizes: int, speed: float = 1000.0, pause: float = 0.0, scan: float = 0.001, deferred: int = 0
+) -> list[PrecopyRound]:
     """Rounds of so many MiB each, copied at so many MiB a second.
 
     :param pause: seconds between two of them.
+    :param deferred: MiB of each from the third on that are written in every round, and are not copied.
     """
     found, now = [], 0.0
     for number, size in enumerate(sizes, 1):
@@ -31,6 +34,7 @@ def rounds(*sizes: int, speed: float = 1000.0, pause: float = 0.0, scan: float =
                 write_seconds=size / speed,
                 pages_scanned=2048 * 256,
                 bytes_written=size * MIB,
+                bytes_deferred=deferred * MIB if number > 2 else 0,
             )
         )
         now += seconds + pause
@@ -57,6 +61,20 @@ TABLE = {
         replace(POLICY, on_timeout="throttle"),
         "throttle",
     ),
+}
+
+
+TABLE |= {
+    "all that is written is written in every round": (rounds(1000, 300, 0, 0, deferred=300), POLICY, "go on"),
+    "which does not converge": (
+        rounds(1000, 300, 0, 0, 0, deferred=300),
+        replace(POLICY, on_timeout="throttle"),
+        "throttle",
+    ),
+    "which the budget allows for": (rounds(1000, 300, 0, deferred=300), replace(POLICY, downtime=0.4), "stop"),
+    "the rest shrinks, what is hot does not": (rounds(1000, 600, 300, 150, deferred=20), POLICY, "go on"),
+    "what is hot is little": (rounds(1000, 60, 1, 0, deferred=20), POLICY, "stop"),
+    "what is hot is too much": (rounds(1000, 60, 1, 0, deferred=60), POLICY, "go on"),
 }
 
 
@@ -174,6 +192,16 @@ def test_few_pages_take_as_long_as_they_did_the_last_time() -> None:
     assert estimate([first, second], POLICY, [freeze]).downtime == pytest.approx(0.15)
 
 
+def test_what_was_deferred_has_to_be_copied_whether_or_not_it_is_written_again() -> None:
+    history = rounds(1000, 100, 100, pause=1.0, scan=0.004)
+    hot = [*history[:2], replace(history[2], bytes_deferred=50 * MIB)]
+    without, found = estimate(history, POLICY), estimate(hot, POLICY)
+    assert found.dirty_bytes == pytest.approx((without.dirty_bytes or 0) + 50 * MIB, abs=1)
+    assert found.downtime == pytest.approx((without.downtime or 0) + 0.05)
+    assert (found.dirty_rate or 0) > (without.dirty_rate or 0)
+    assert found.bandwidth == without.bandwidth
+
+
 def test_a_round_that_is_longer_ago_counts_less() -> None:
     old, new = rounds(1000, 800, 100), rounds(1000, 100, 800)
     assert (estimate(new, POLICY).dirty_rate or 0) > (estimate(old, POLICY).dirty_rate or 0)
@@ -206,12 +234,13 @@ def test_rounds_that_no_longer_shrink_are_noticed(sizes: tuple[int, ...], expect
     st.floats(1, 1e5),
     st.floats(0, 5),
     st.sampled_from(["cancel", "force", "throttle"]),
+    st.integers(0, 5000),
 )
 def test_whatever_was_measured_there_is_a_decision(
-    sizes: list[int], speed: float, pause: float, on_timeout: str
+    sizes: list[int], speed: float, pause: float, on_timeout: str, deferred: int
 ) -> None:
     policy = replace(POLICY, on_timeout=on_timeout)  # type: ignore[arg-type]
-    decision = should_stop(rounds(*sizes, speed=speed, pause=pause), policy)
+    decision = should_stop(rounds(*sizes, speed=speed, pause=pause, deferred=deferred), policy)
     now = decision.estimate
     assert now.downtime is None or now.downtime >= 0
     if decision.verdict == "cancel":
