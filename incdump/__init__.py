@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from incdump.engine.precopy import PrecopyResult, precopy
     from incdump.engine.receive import MigrationReport, Receiver, ReceiverOptions
     from incdump.engine.restore import restore
-    from incdump.engine.session import Session
+    from incdump.engine.session import PrecopyRounds, Session
     from incdump.engine.untrack import untrack
     from incdump.errors import (
         AlreadyTraced,
@@ -94,6 +94,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "PrecopyPolicy",
     "PrecopyRound",
     "PrecopyResult",
+    "PrecopyRounds",
     "Decision",
     "Estimate",
     "Freeze",
@@ -178,6 +179,7 @@ _HOME = {
     "MigrationReport": "incdump.engine.receive",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
+    "PrecopyRounds": "incdump.engine.session",
     "PageServer": "incdump.engine.page_server",
     "PageServerOptions": "incdump.engine.page_server",
     "SessionReport": "incdump.engine.page_server",

@@ -14,13 +14,13 @@ import numpy as np
 from incdump.errors import IncdumpError
 from incdump.images.images_dir import ImagesDir
 from incdump.model.precopy import MappingWrites
-from incdump.model.runs import PAGE_SHIFT, empty_runs, intersect, present_entries, run, union
+from incdump.model.runs import PAGE_SHIFT, empty_runs, entry_runs, intersect, present_entries, run, union
 from incdump.proc.maps import read_vmas
 from incdump.proc.shmem import find_segments
 from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -36,10 +36,13 @@ class WrittenMappings:
     def __init__(self) -> None:
         self._seen: dict[int, tuple[Task, VmaTable]] = {}
 
-    def of(self, result: DumpResult, limit: int | None = None) -> list[MappingWrites]:
+    def of(
+        self, result: DumpResult, limit: int | None = None, deferred: Mapping[int, Runs] | None = None
+    ) -> list[MappingWrites]:
         """The mappings that a dump wrote something of, the most first. Blocks.
 
         :param limit: so many of them; None for all.
+        :param deferred: of each process, pages that count as well: that were written, but not copied.
         :raises incdump.errors.IncdumpError: the images are gone.
         """
         self._look(result)
@@ -50,7 +53,8 @@ class WrittenMappings:
                 task, vmas = self._seen[pid]
                 entries = images.pagemap(task.vpid)
                 if entries is not None:
-                    found += _written(task, vmas, pages_within(entries, vmas.spans()))
+                    written = union(entry_runs(present_entries(entries)), (deferred or {}).get(pid, empty_runs()))
+                    found += _written(task, vmas, _within(written, vmas.spans()))
         found += self._written_segments(images)
         found.sort(key=lambda mapping: mapping.pages, reverse=True)
         return found[:limit]
@@ -86,10 +90,15 @@ def pages_within(entries: Entries, spans: Runs) -> NDArray[np.int64]:
 
     An entry may reach over several mappings, where they touch.
     """
-    written = present_entries(entries)
+    return _within(entry_runs(present_entries(entries)), spans)
+
+
+def _within(written: Runs, spans: Runs) -> NDArray[np.int64]:
+    """How many pages of ascending runs are in each span."""
     if not len(written):
         return np.zeros(len(spans), np.int64)
-    starts, counts = written[:, 0], written[:, 1].astype(np.int64)
+    starts = written[:, 0]
+    counts = ((written[:, 1] - starts) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     before = np.cumsum(counts) - counts
 
     def below(addresses: NDArray[np.uint64]) -> NDArray[np.int64]:

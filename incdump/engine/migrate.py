@@ -43,6 +43,7 @@ from incdump.errors import (
     ProtocolError,
     XferError,
 )
+from incdump.holder.client import HolderKeeper
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
@@ -212,13 +213,13 @@ class _Loop(Loop):
 
     switch: Callable[[int, CheckpointRun, float], Awaitable[None]]
 
-    async def _last_dump(
-        self, images_dir: Path, parent: str | None, criu: str | None, criu_options: Sequence[str]
-    ) -> DumpResult:
-        keeper = self._make_keeper()
+    async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
+        path, keeper = self._path / str(number), HolderKeeper()
+        at_gate = partial(self.switch, number)
         try:
-            at_gate = partial(self.switch, int(images_dir.name))
-            run = CheckpointRun(self._pid, images_dir, parent, self._options, keeper, self._note_freezing, at_gate)
+            run = CheckpointRun(
+                self._pid, path, self._parent(number), self._options, keeper, self._note_freezing, at_gate
+            )
             return await run.with_criu(criu, criu_options, "auto")
         finally:
             keeper.close()

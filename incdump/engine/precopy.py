@@ -3,8 +3,12 @@
     predump DIR/1 ─▶ predump DIR/2 ─▶ … ─▶ enough? (`incdump.model.precopy.should_stop`) ─▶ dump or checkpoint DIR/N
 
 Each images dir has the one before as its parent, and DIR/latest is a link to the newest that is complete. The loop
-decides, and nothing else: the rounds are ordinary dumps. Whatever ends it, by an error or a cancellation, the target
-runs on, throttled no more, and the rounds that are complete stay.
+decides, and nothing else: the rounds are ordinary dumps, but that pages which are written in every round are left to
+the last one (`incdump.model.hot`). Whatever ends it, by an error or a cancellation, the target runs on, throttled no
+more, and the rounds that are complete stay.
+
+Between two rounds nothing is under way: no task, no cancel scope, nobody who stops the target. So the loop can be an
+async generator (`Loop.rounds`), and whoever drives it may leave it alone at any time.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper
+from incdump.model.hot import HotPages
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
 from incdump.tracking import soft_dirty
@@ -32,10 +37,11 @@ from incdump.tracking import soft_dirty
 if TYPE_CHECKING:
     import os
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from incdump.holder.client import Lease
+    from incdump.holder.client import Keeper, Lease
     from incdump.model.precopy import MappingWrites, Rule
+    from incdump.model.runs import Runs
     from incdump.model.stats import DumpResult, DumpStats
 
 LATEST = "latest"
@@ -57,6 +63,7 @@ class PrecopyResult:
         some milliseconds until it stops the tree); None without one.
     :ivar hottest: the mappings that were written most in the last round, if the rounds no longer shrank, for people.
     :ivar seconds: in all.
+    :ivar warnings: of all dumps, each once.
     """
 
     images_dir: str
@@ -94,8 +101,8 @@ async def precopy(
     :param rule: decides after each round, as `incdump.model.precopy.should_stop` does.
     :param freezes: earlier last dumps of such a tree, which tell what one costs that copies nothing.
     :param on_round: called with each round, and what was decided.
-    :param on_written: called with each dump before that, the last one included, and with the mappings that it wrote
-        most of. To find these takes some milliseconds, while the target runs.
+    :param on_written: called with each dump before that, the last one included, and with the mappings that were written
+        most before it. To find these takes some milliseconds, while the target runs.
     :param progress: as for `incdump.predump`, of every dump.
     :param criu: for a checkpoint: CRIU's program.
     :param criu_options: for a checkpoint: further options for ``criu dump``.
@@ -104,28 +111,38 @@ async def precopy(
     :raises incdump.errors.IncdumpError: as for `incdump.predump`, `incdump.dump` and `incdump.checkpoint`.
     """
     options = options or DumpOptions()
-    if options.page_server is not None:
-        raise XferError("the rounds of precopy go to directories: use predump and dump with a page server")
+    refuse_page_server(options)
     run = Loop(
         pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round, on_written, progress
     )
     return await run.run(criu, criu_options)
 
 
-class _Keeper(HolderKeeper):
-    """Traces a process only while it is not traced to be slowed down."""
+def refuse_page_server(options: DumpOptions) -> None:
+    """:raises incdump.errors.XferError: the options name one."""
+    if options.page_server is not None:
+        raise XferError("the rounds of precopy go to directories: use predump and dump with a page server")
 
-    def __init__(self, turn: threading.Lock) -> None:
-        super().__init__()
+
+class _InTurn:
+    """A keeper that traces a process only while it is not traced to be slowed down."""
+
+    def __init__(self, keeper: Keeper, turn: threading.Lock) -> None:
+        self._keeper = keeper
         self._turn = turn
+        self.commit, self.close = keeper.commit, keeper.close
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
+        """See `incdump.holder.client.Keeper`."""
         with self._turn:
-            return super().acquire(pid, start_time, renew=renew)
+            return self._keeper.acquire(pid, start_time, renew=renew)
 
 
 class Loop:
-    """One run of the loop."""
+    """One run of the loop.
+
+    :ivar result: what there is of it so far.
+    """
 
     def __init__(
         self,
@@ -135,9 +152,9 @@ class Loop:
         options: DumpOptions,
         rule: Rule,
         freezes: Sequence[Freeze],
-        on_round: Callable[[PrecopyRound, Decision], None] | None,
-        on_written: Callable[[DumpResult, list[MappingWrites]], None] | None,
-        progress: Callable[[str, DumpStats], None] | None,
+        on_round: Callable[[PrecopyRound, Decision], None] | None = None,
+        on_written: Callable[[DumpResult, list[MappingWrites]], None] | None = None,
+        progress: Callable[[str, DumpStats], None] | None = None,
     ) -> None:
         self._pid = pid
         self._path = path
@@ -150,80 +167,124 @@ class Loop:
         self._progress = progress
         self._mappings = WrittenMappings()
         self._throttle = Throttle(pid, timeout=options.freeze_timeout)
-        self._result = PrecopyResult(str(path))
-        self._began = time.monotonic()
+        self._hot = HotPages()
+        self.result = PrecopyResult(str(path))
+        self._began = 0.0
         self._last: DumpResult | None = None
 
     async def run(self, criu: str | None, criu_options: Sequence[str]) -> PrecopyResult:
-        try:
-            async with self._throttle.at_work():
-                decision = await self._rounds()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from None
-        self._result.decision = decision
-        if not decision.converges and self._last is not None:
-            with suppress(IncdumpError, OSError):
-                self._result.hottest = await in_thread(hottest, self._last)
-        if decision.verdict == "cancel":
-            self._result.seconds = time.monotonic() - self._began
-            raise self._did_not_converge(decision)
-        if self._policy.final != "none":
-            await self._finish(criu, criu_options)
-        self._result.seconds = time.monotonic() - self._began
-        return self._result
+        async for done, decision in self.rounds(criu, criu_options):
+            if self._on_round is not None:
+                self._on_round(done, decision)
+        return self.result
 
-    async def _rounds(self) -> Decision:
-        """Pre-dump until it is decided that there are to be no more."""
-        rounds = self._result.rounds
-        while True:
-            left = self._policy.timeout - (time.monotonic() - self._began)
-            may_break_off = bool(rounds) and self._policy.on_timeout != "throttle"
-            with anyio.move_on_after(max(0.0, left) if may_break_off else None) as limit:
-                await self._round(len(rounds) + 1)
-            if limit.cancelled_caught:
-                verdict: Any = "cancel" if self._policy.on_timeout == "cancel" else "stop"
-                why = f"{self._policy.timeout:g} s are over"
-                return Decision(verdict=verdict, why=why, estimate=estimate(rounds, self._policy), converges=False)
+    async def rounds(
+        self, criu: str | None, criu_options: Sequence[str]
+    ) -> AsyncGenerator[tuple[PrecopyRound, Decision], None]:
+        """Each round, and what was decided after it; then the last dump is made."""
+        self._began = time.monotonic()
+        decision = None
+        while decision is None or decision.verdict not in ("stop", "cancel"):
+            before = len(self.result.rounds)
+            decision = await self._step()
+            self._took()
+            if len(self.result.rounds) > before:
+                yield self.result.rounds[-1], decision
+        await self._conclude(decision, criu, criu_options)
+        self._took()
+
+    async def _step(self) -> Decision:
+        """The next round, if there is time for it, and what is to be done after it."""
+        rounds = self.result.rounds
+        left = self._policy.timeout - (time.monotonic() - self._began)
+        may_break_off = bool(rounds) and self._policy.on_timeout != "throttle"
+        with anyio.move_on_after(max(0.0, left) if may_break_off else None) as limit:
+            await self._round(len(rounds) + 1)
+        if limit.cancelled_caught:
+            verdict: Any = "cancel" if self._policy.on_timeout == "cancel" else "stop"
+            why = f"{self._policy.timeout:g} s are over"
+            decision = Decision(verdict=verdict, why=why, estimate=estimate(rounds, self._policy), converges=False)
+        else:
             await self._tell_written(self._last)
             throttled = 1.0 if self._throttle.is_at_its_end else self._throttle.part
             decision = self._rule(rounds, self._policy, self._freezes, throttled)
-            if self._on_round is not None:
-                self._on_round(rounds[-1], decision)
-            if decision.verdict in ("stop", "cancel"):
-                return decision
             if decision.verdict == "throttle":
                 self._tighten()
+        self.result.decision = decision
+        return decision
+
+    async def _conclude(self, decision: Decision, criu: str | None, criu_options: Sequence[str]) -> None:
+        """The rounds are over.
+
+        :raises incdump.errors.DidNotConverge: and there is to be no last dump.
+        """
+        if not decision.converges and self._last is not None:
+            with suppress(IncdumpError, OSError):
+                self.result.hottest = await in_thread(hottest, self._last, self._written(self._last))
+        if decision.verdict == "cancel":
+            raise self._did_not_converge(decision)
+        if self._policy.final != "none":
+            await self._finish(criu, criu_options)
+
+    def _took(self) -> None:
+        self.result.seconds = time.monotonic() - self._began
 
     def _tighten(self) -> None:
-        assert self._last is not None
-        if self._last.tracker == soft_dirty.NAME:
-            self._result.warnings.append("the tree is not throttled: a pre-dump by soft-dirty stops it itself")
+        if self._last_is_soft_dirty():
+            self.result.warnings.append("the tree is not throttled: a pre-dump by soft-dirty stops it itself")
             return
         self._throttle.tighten()
 
     async def _round(self, number: int) -> None:
         started = time.monotonic() - self._began
-        parent = f"../{number - 1}" if number > 1 else None
-        options = replace(self._options, afterwards="running")
-        keeper = self._make_keeper()
         try:
-            run = DumpRun("pre-dump", self._pid, self._path / str(number), parent, options, keeper, self._progress)
-            self._last = await run.run()
+            async with self._throttle.at_work():
+                last = await self._predump(number, replace(self._options, afterwards="running"))
+                # Here, not after the block: a cancellation at its end does not make the round undone.
+                self._last = last
+                self._note(last)
+                self.result.rounds.append(PrecopyRound.of(number, started, last.stats, self._throttle.part))
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+
+    async def _predump(self, number: int, options: DumpOptions) -> DumpResult:
+        keeper = self._in_turn(HolderKeeper())
+        try:
+            path = self._path / str(number)
+            parent, hot = self._parent(number), self._to_defer()
+            run = DumpRun("pre-dump", self._pid, path, parent, options, keeper, self._progress, hot=hot)
+            return await run.run()
         finally:
             keeper.close()
-        self._note(self._last)
-        self._result.rounds.append(PrecopyRound.of(number, started, self._last.stats, self._throttle.part))
+
+    def _in_turn(self, keeper: Keeper) -> Keeper:
+        return _InTurn(keeper, self._throttle.turn)
+
+    def _to_defer(self) -> HotPages | None:
+        """What a round is to know of those before it. CRIU, which can go on from the last one if that was made by
+        soft-dirty, would miss what is not in it."""
+        return None if self._policy.final == "none" and self._last_is_soft_dirty() else self._hot
+
+    def _last_is_soft_dirty(self) -> bool:
+        return self._last is not None and self._last.tracker == soft_dirty.NAME
+
+    def _parent(self, number: int) -> str | None:
+        return f"../{number - 1}" if number > 1 else None
 
     async def _tell_written(self, result: DumpResult | None) -> None:
         if self._on_written is not None and result is not None:
             written: list[MappingWrites] = []
             with suppress(IncdumpError, OSError):
-                written = await in_thread(self._mappings.of, result, _MAPPINGS_TOLD)
+                written = await in_thread(self._mappings.of, result, _MAPPINGS_TOLD, self._written(result))
             self._on_written(result, written)
+
+    def _written(self, result: DumpResult) -> dict[int, Runs]:
+        """What the tracker called written in a round, by process; nothing of the last dump, which copies all of it."""
+        return {} if result is not self._last else {pid: self._hot.written(pid) for pid in result.pids}
 
     def _note(self, result: DumpResult) -> None:
         """A round is complete."""
-        self._result.warnings.extend(line for line in result.warnings if line not in self._result.warnings)
+        self.result.warnings.extend(line for line in result.warnings if line not in self.result.warnings)
         temporary = self._path / f".{LATEST}"
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -231,55 +292,50 @@ class Loop:
         temporary.rename(self._path / LATEST)
 
     async def _finish(self, criu: str | None, criu_options: Sequence[str]) -> None:
-        number = len(self._result.rounds) + 1
-        parent = f"../{number - 1}" if number > 1 else None
-        final = await self._last_dump(self._path / str(number), parent, criu, criu_options)
+        final = await self._last_dump(len(self.result.rounds) + 1, criu, criu_options)
         self._note(final)
-        self._result.final = final
-        self._result.downtime = (final.stats.freezing_time + final.stats.frozen_time) / 1e6
+        self.result.final = final
+        self.result.downtime = (final.stats.freezing_time + final.stats.frozen_time) / 1e6
         await self._tell_written(final)
 
-    def _make_keeper(self) -> HolderKeeper:
-        return _Keeper(self._throttle.turn)
-
-    async def _last_dump(
-        self, images_dir: Path, parent: str | None, criu: str | None, criu_options: Sequence[str]
-    ) -> DumpResult:
+    async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
         call: Any = dump
         if self._policy.final == "checkpoint":
             from incdump.engine.checkpoint import checkpoint  # only where there is CRIU
 
             call = partial(checkpoint, criu=criu, criu_options=criu_options)
-        result: DumpResult = await call(
-            self._pid, images_dir, parent=parent, options=self._options, progress=self._note_freezing
+        path = self._path / str(number)
+        final: DumpResult = await call(
+            self._pid, path, parent=self._parent(number), options=self._options, progress=self._note_freezing
         )
-        return result
+        return final
 
     def _note_freezing(self, step: str, stats: DumpStats) -> None:
         """Progress of the last dump."""
         if step == "freezing":
-            self._result.frozen_at = time.monotonic() - self._began
+            self.result.frozen_at = time.monotonic() - self._began
         if self._progress is not None:
             self._progress(step, stats)
 
     def _did_not_converge(self, decision: Decision) -> DidNotConverge:
         now = decision.estimate
         rest = "" if now.downtime is None else f"; stopped now, it would stand still for {now.downtime:.2f} s"
-        most = f"; most is written to {', '.join(self._result.hottest)}" if self._result.hottest else ""
+        most = f"; most is written to {', '.join(self.result.hottest)}" if self.result.hottest else ""
         return DidNotConverge(
-            f"process {self._pid} writes too fast: after {len(self._result.rounds)} rounds {decision.why}{rest}, "
+            f"process {self._pid} writes too fast: after {len(self.result.rounds)} rounds {decision.why}{rest}, "
             f"{self._policy.downtime:g} s are allowed{most}. It runs on as before; see --on-timeout",
             pid=self._pid,
             path=self._path,
         )
 
 
-def hottest(result: DumpResult) -> list[str]:
-    """The mappings of which a dump wrote most, for people. Blocks.
+def hottest(result: DumpResult, written: Mapping[int, Runs]) -> list[str]:
+    """The mappings that were written most before a dump, for people. Blocks.
 
+    :param written: of each process, what the tracker said; beside it counts what the dump has copied.
     :raises incdump.errors.IncdumpError: the images are gone.
     """
     return [
         f"{m.start:x}-{m.end:x} {m.name}".rstrip() + f" of process {m.pid} ({m.pages:,} pages)"
-        for m in WrittenMappings().of(result, _HOTTEST)
+        for m in WrittenMappings().of(result, _HOTTEST, written)
     ]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from incdump.engine.dump import DumpRun
+from incdump.engine.precopy import Loop, refuse_page_server
 from incdump.errors import HolderError
 from incdump.holder.client import OwnKeeper
 from incdump.model.options import DumpOptions
+from incdump.model.precopy import PrecopyPolicy, should_stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
-    from incdump.engine.dump import Kind
+    from incdump.engine.precopy import PrecopyResult
+    from incdump.model.precopy import Decision, Freeze, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
 
 _LAST = object()
@@ -64,7 +68,11 @@ class Session:
         :param parent: the previous images dir, relative to `images_dir` or absolute; None for a full dump; left out,
             it is the session's last.
         """
-        return await self._run("pre-dump", images_dir, parent, self.options, progress)
+
+        def make(text: str | None) -> Awaitable[DumpResult]:
+            return DumpRun("pre-dump", self.pid, images_dir, text, self.options, self._keeper, progress).run()
+
+        return await self._run(images_dir, parent, make)
 
     async def dump(
         self,
@@ -78,25 +86,54 @@ class Session:
 
         :param options: instead of the session's, for example to leave the tree stopped.
         """
-        return await self._run("dump", images_dir, parent, options or self.options, progress)
+
+        def make(text: str | None) -> Awaitable[DumpResult]:
+            return DumpRun("dump", self.pid, images_dir, text, options or self.options, self._keeper, progress).run()
+
+        return await self._run(images_dir, parent, make)
+
+    def precopy(
+        self,
+        images_dir: str | os.PathLike[str],
+        *,
+        policy: PrecopyPolicy | None = None,
+        options: DumpOptions | None = None,
+        rule: Rule = should_stop,
+        freezes: Sequence[Freeze] = (),
+        criu: str | None = None,
+        criu_options: Sequence[str] = (),
+    ) -> PrecopyRounds:
+        """Pre-dump until the rest is small enough, round by round, then make the last dump, as `incdump.precopy`::
+
+            rounds = session.precopy("images")
+            async for done, decision in rounds:
+                print(done.number, done.bytes_written, decision.why)
+            print(rounds.result.downtime)
+
+        The first round builds on the session's last dump, each other one on the one before it; all are in the session's
+        `rounds`, the last dump too. Parameters are those of `incdump.precopy`, which has more on them.
+
+        :param options: instead of the session's.
+        """
+        options = options or self.options
+        refuse_page_server(options)
+        loop = _SessionLoop(self, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes)
+        return PrecopyRounds(loop, criu, criu_options)
 
     async def _run(
         self,
-        kind: Kind,
         images_dir: str | os.PathLike[str],
         parent: object,
-        options: DumpOptions,
-        progress: Callable[[str, DumpStats], None] | None,
+        make: Callable[[str | None], Awaitable[DumpResult]],
     ) -> DumpResult:
+        """:param make: makes a dump on top of a parent, and has the session's keeper to itself meanwhile."""
         if self._closed:
             raise HolderError("the session is closed: open another", pid=self.pid)
         if self._busy:
             raise HolderError("another dump of this session is under way: await it first", pid=self.pid)
         self._busy = True
         try:
-            text = self._parent_text(images_dir, parent)
-            run = DumpRun(kind, self.pid, images_dir, text, options, self._keeper, progress)
-            result = await run.run()
+            result = await make(self._parent_text(images_dir, parent))
         finally:
             self._busy = False
             self._keeper.release()
@@ -113,3 +150,74 @@ class Session:
         if not self.rounds:
             return None
         return os.path.relpath(self.rounds[-1].images_dir, os.path.realpath(images_dir))
+
+
+class PrecopyRounds:
+    """The pre-copy loop of a session: an async iterator over its rounds, each with what was decided after it.
+
+    The next round begins when it is asked for, and the last dump is made after the last one: what a loop's body does
+    after a round whose verdict is ``"stop"`` makes the rest grow. While the body runs nothing is under way, and the
+    target is not slowed down, whatever the policy. So the loop may be left by ``break`` or by an exception: then there
+    is no last dump, the rounds that are complete stay, and the session can be used on. A round that fails, or is
+    cancelled, ends the loop in the same way.
+
+    Iterating raises `incdump.DidNotConverge` and `incdump.IncdumpError` as `incdump.precopy` does.
+    """
+
+    def __init__(self, loop: _SessionLoop, criu: str | None, criu_options: Sequence[str]) -> None:
+        self._loop = loop
+        self._rounds = loop.rounds(criu, criu_options)
+
+    def __repr__(self) -> str:
+        return f"<PrecopyRounds {len(self.result.rounds)} in {self.result.images_dir}>"
+
+    @property
+    def result(self) -> PrecopyResult:
+        """What there is so far; with the last dump once the loop is over."""
+        return self._loop.result
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[PrecopyRound, Decision]:
+        return await anext(self._rounds)
+
+    async def aclose(self) -> None:
+        """There are to be no more rounds, and no last dump."""
+        await self._rounds.aclose()
+
+
+class _SessionLoop(Loop):
+    """The pre-copy loop whose dumps are a session's."""
+
+    def __init__(
+        self,
+        session: Session,
+        path: Path,
+        policy: PrecopyPolicy,
+        options: DumpOptions,
+        rule: Rule,
+        freezes: Sequence[Freeze],
+    ) -> None:
+        super().__init__(session.pid, path, policy, options, rule, freezes)
+        self._session = session
+
+    async def _predump(self, number: int, options: DumpOptions) -> DumpResult:
+        path, keeper = self._path / str(number), self._in_turn(self._session._keeper)
+
+        def make(text: str | None) -> Awaitable[DumpResult]:
+            return DumpRun("pre-dump", self._pid, path, text, options, keeper, hot=self._to_defer()).run()
+
+        return await self._session._run(path, _LAST, make)
+
+    async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
+        path = self._path / str(number)
+        if self._policy.final == "dump":
+            return await self._session.dump(path, options=self._options, progress=self._note_freezing)
+        from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
+
+        def make(text: str | None) -> Awaitable[DumpResult]:
+            run = CheckpointRun(self._pid, path, text, self._options, self._session._keeper, self._note_freezing)
+            return run.with_criu(criu, criu_options, "auto")
+
+        return await self._session._run(path, _LAST, make)

@@ -6,8 +6,8 @@ is left that would have to be undone. A quota of a cgroup would stay.
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ _PERIOD = 0.1
 
 
 class Throttle:
-    """Slows a tree down. An async context manager: leaving it lets the tree go.
+    """Slows a tree down.
 
     :ivar problem: why it no longer works, or None.
     :ivar turn: held while the tree is stopped. Whoever has to trace it too takes it first, for as long as that takes.
@@ -36,9 +36,9 @@ class Throttle:
         :param timeout: seconds to wait for every thread to stop.
         """
         self._pid = pid
-        self._freezer = Freezer(timeout=timeout)
+        self._timeout = timeout
         self._step = 0
-        self._changed = asyncio.Event()
+        self._next_stop = 0.0
         self.problem: IncdumpError | None = None
         self.turn = threading.Lock()
 
@@ -53,39 +53,47 @@ class Throttle:
         return self._step == len(STEPS) - 1 or self.problem is not None
 
     def tighten(self) -> None:
-        """The next step."""
+        """The next step, for whatever is done `at_work` from now on."""
         self._step = min(self._step + 1, len(STEPS) - 1)
-        self._changed.set()
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """While a block of code runs, the tree is slowed down as far as `tighten` has said. After it, it is not."""
-        async with self._freezer, anyio.create_task_group() as tasks:
-            tasks.start_soon(self._run)
+        """While a block of code runs, the tree is slowed down as far as `tighten` has said; before and after, it runs.
+
+        Of the time of all such blocks it is stopped for that part, however short they are.
+        """
+        if not self.part or self.problem is not None:
+            yield
+            return
+        async with Freezer(timeout=self._timeout) as freezer, anyio.create_task_group() as tasks:
+            tasks.start_soon(self._run, freezer)
             try:
                 yield
             finally:
                 tasks.cancel_scope.cancel()
 
-    async def _run(self) -> None:
-        while not self.part:
-            self._changed.clear()
-            await self._changed.wait()
+    async def _run(self, freezer: Freezer) -> None:
         try:
             while True:
+                await anyio.sleep(max(0.0, self._next_stop - time.monotonic()))
                 if self.turn.acquire(blocking=False):
                     try:
-                        await self._stop_for(self.part * _PERIOD)
+                        await self._stop_for(freezer, self.part * _PERIOD)
                     finally:
                         self.turn.release()
-                await anyio.sleep((1 - self.part) * _PERIOD)
+                else:
+                    await anyio.sleep((1 - self.part) * _PERIOD)
         except IncdumpError as error:  # it has exited, or somebody else traces it: the next round tells
             self.problem = error
 
-    async def _stop_for(self, seconds: float) -> None:
-        await self._freezer.freeze(self._pid)
+    async def _stop_for(self, freezer: Freezer, seconds: float) -> None:
+        await freezer.freeze(self._pid)
+        began = time.monotonic()
         try:
             await anyio.sleep(seconds)
         finally:
             with anyio.CancelScope(shield=True):
-                await self._freezer.thaw()
+                await freezer.thaw()
+            ended = time.monotonic()
+            # A block that ends early has the tree stopped for less; it then runs on for less before the next stop.
+            self._next_stop = ended + (ended - began) * (1 - self.part) / self.part

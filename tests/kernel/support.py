@@ -6,6 +6,7 @@ stopped after a last dump, has the oracle compare every page, lets the tree go o
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import anyio
 import pytest
 
 import incdump
@@ -27,7 +29,8 @@ from tests import oracle
 from tests.targets import build
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
+    from typing import Any
 
     from incdump.model.options import TrackerName
     from incdump.model.stats import DumpResult
@@ -204,6 +207,46 @@ def open_fds(pid: int | str = "self") -> list[str]:
         with contextlib.suppress(OSError):
             found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
     return found
+
+
+# --- cancelling -------------------------------------------------------------------------------------------------------
+
+
+async def by_scope(work: Coroutine[Any, Any, object], seconds: float) -> bool:
+    """Cancel by an anyio scope; whether the work came to its end."""
+    with anyio.move_on_after(seconds):
+        await work
+        return True
+    return False
+
+
+async def by_timeout(work: Coroutine[Any, Any, object], seconds: float) -> bool:
+    """Cancel by asyncio.timeout."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        return False
+    return True
+
+
+async def by_task(work: Coroutine[Any, Any, object], seconds: float) -> bool:
+    """Cancel by task.cancel(), twice."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait((task,), timeout=seconds)
+    if not done:
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        return False
+    return True
+
+
+WAYS = (by_scope, by_timeout, by_task)
+"""Each cancels some work after so many seconds, and tells whether it came to its end."""
 
 
 # --- the holder -------------------------------------------------------------------------------------------------------

@@ -27,9 +27,12 @@ from incdump.errors import ImagesIOError, IncdumpError
 from incdump.model.options import DumpOptions
 from tests import oracle
 from tests.kernel.support import (
+    WAYS,
     Chain,
     Odd,
     assert_untouched,
+    by_scope,
+    by_task,
     carry_on,
     kill_holder,
     open_fds,
@@ -49,42 +52,6 @@ pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 
 PAGE = 4096
 CANCELLATIONS = {"uffd-wp": 55, "content": 20}
-
-
-async def by_scope(work: Coroutine[Any, Any, object], seconds: float) -> bool:
-    """Cancel by an anyio scope; whether the work came to its end."""
-    with anyio.move_on_after(seconds):
-        await work
-        return True
-    return False
-
-
-async def by_timeout(work: Coroutine[Any, Any, object], seconds: float) -> bool:
-    """Cancel by asyncio.timeout."""
-    try:
-        async with asyncio.timeout(seconds):
-            await work
-    except TimeoutError:
-        return False
-    return True
-
-
-async def by_task(work: Coroutine[Any, Any, object], seconds: float) -> bool:
-    """Cancel by task.cancel(), twice."""
-    task = asyncio.ensure_future(work)
-    done, _ = await asyncio.wait((task,), timeout=seconds)
-    if not done:
-        task.cancel()
-        await asyncio.sleep(0)
-        task.cancel()
-    try:
-        await task
-    except asyncio.CancelledError:
-        return False
-    return True
-
-
-WAYS = (by_scope, by_timeout, by_task)
 
 
 async def timed(work: Coroutine[Any, Any, object]) -> float:

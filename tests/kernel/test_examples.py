@@ -67,8 +67,21 @@ def test_the_session_example_dumps_and_reads_back(rewriter: Callable[..., Target
     assert checked.code == 0, checked
 
 
-def test_an_example_says_in_one_line_what_is_wrong(images_root: Path) -> None:
-    done = run_python(ROOT / "examples" / "library_session.py", os.getpid(), images_root)
+def test_the_precopy_example_tells_of_its_rounds_and_dumps(rewriter: Callable[..., Target], images_root: Path) -> None:
+    target = rewriter(mib=8, rate=200)
+    done = run_python(ROOT / "examples" / "library_precopy.py", target.pid, images_root)
+    assert done.code == 0, done
+    assert re.search(r"^round 1: \d+ KiB written; ", done.out, re.M)
+    last = re.search(r"^dump: (.*), frozen for [\d.]+ ms$", done.out, re.M)
+    assert last
+    assert is_untouched(target.pid)
+    checked = incdump("check", last[1])
+    assert checked.code == 0, checked
+
+
+@pytest.mark.parametrize("name", ["library_session", "library_precopy"])
+def test_an_example_says_in_one_line_what_is_wrong(images_root: Path, name: str) -> None:
+    done = run_python(ROOT / "examples" / f"{name}.py", os.getpid(), images_root)
     assert done.code == 1
-    assert done.err.startswith("library_session: ")
+    assert done.err.startswith(f"{name}: ")
     assert done.err.count("\n") == 1

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 import incdump
-from incdump import DidNotConverge, DumpOptions, PrecopyPolicy
+from incdump import DidNotConverge, DumpOptions, ImagesDir, PrecopyPolicy
+from incdump.engine.dump import DumpRun
+from incdump.engine.throttle import Throttle
+from incdump.errors import HolderError, ImagesIOError
+from incdump.model.runs import page_count
 from tests import command, oracle
 from tests.command import refused
-from tests.kernel.support import assert_untouched, carry_on, of_forced_tracker
+from tests.kernel.support import (
+    WAYS,
+    Chain,
+    assert_untouched,
+    carry_on,
+    of_forced_tracker,
+    require_tracker,
+    watched_vmas,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from incdump.model.options import Afterwards
-    from incdump.model.precopy import Decision, MappingWrites, PrecopyRound
+    from incdump.model.options import Afterwards, PagemapName, TrackerName
+    from incdump.model.precopy import Decision, Freeze, MappingWrites, PrecopyRound, Rule, Verdict
     from incdump.model.stats import DumpResult
     from tests.targets.build import Target
 
@@ -169,6 +184,360 @@ async def test_cancelled_at_any_moment_the_tree_runs_on(churn: Callable[..., Tar
         assert_untouched(target)
     target.check()
     target.quit()
+
+
+# --- pages that are written in every round ----------------------------------------------------------------------------
+
+HOT = 512
+"""Pages that `heat` writes, of 16 MiB."""
+FEW = HOT // 8
+"""More than a process at rest writes to its stack and such."""
+
+
+def heat(target: Target, number: int) -> None:
+    """Write every eighth page of a rewriter of 16 MiB."""
+    assert target.stripe(8, number) == HOT
+
+
+def rounds_of(number: int, verdict: Verdict = "go on") -> Rule:
+    """A rule that makes so many rounds, with this verdict after all but the last."""
+
+    def rule(
+        history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Sequence[Freeze], throttled: float
+    ) -> Decision:
+        decision = incdump.should_stop(history, policy, freezes, throttled)
+        return replace(decision, verdict="stop" if len(history) == number else verdict)
+
+    return rule
+
+
+def covered(path: Path, target: Target) -> int:
+    """Pages that an images dir has of a target's process, itself or by its parents."""
+    return page_count(ImagesDir(path).covered(target.pid))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("pagemap", ["scan", "cache", "plain"])
+@pytest.mark.parametrize("tracker", ["uffd-wp", "soft-dirty"])
+async def test_what_is_written_in_every_round_is_copied_by_the_last_dump_only(
+    rewriter: Callable[..., Target], images_root: Path, tracker: TrackerName, pagemap: PagemapName
+) -> None:
+    require_tracker(tracker)
+    target = rewriter(mib=16)
+    result = await incdump.precopy(
+        target.pid,
+        images_root / "chain",
+        rule=rounds_of(6),
+        options=DumpOptions(tracker=tracker, pagemap=pagemap, afterwards="stopped"),
+        on_round=lambda done, _: heat(target, done.number),
+    )
+    pids = oracle.tree(target.pid)
+    try:
+        assert result.final is not None
+        report = oracle.compare(result.final.images_dir, pids)
+        incdump.check(result.final.images_dir)
+    finally:
+        carry_on(pids.values())
+    assert report.ok, report
+    copied = [done.bytes_written >> 12 for done in result.rounds]
+    deferred = [done.bytes_deferred >> 12 for done in result.rounds]
+    assert all(HOT <= pages <= HOT + FEW for pages in copied[1:3])
+    assert max(copied[3:]) < FEW
+    assert deferred[:3] == [0, 0, 0]
+    assert all(HOT <= pages <= HOT + FEW for pages in deferred[3:])
+    assert result.decision is not None
+    assert result.decision.estimate.dirty_bytes is not None
+    assert result.decision.estimate.dirty_bytes >= HOT << 12
+    assert result.final.stats.pages_written >= HOT
+    assert result.final.stats.pages_deferred == 0
+    whole = covered(images_root / "chain" / "3", target)
+    assert whole - HOT - FEW <= covered(images_root / "chain" / "4", target) <= whole - HOT
+    assert covered(images_root / "chain" / "7", target) >= whole
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("pagemap", ["scan", "cache", "plain"])
+@pytest.mark.parametrize("tracker", ["uffd-wp", "soft-dirty"])
+async def test_what_is_written_no_more_is_copied_by_the_next_round_or_dump(
+    rewriter: Callable[..., Target], images_root: Path, tracker: TrackerName, pagemap: PagemapName
+) -> None:
+    """Nothing tells of these pages any more but that the parent images lack them."""
+    require_tracker(tracker)
+    target = rewriter(mib=16)
+    options = DumpOptions(tracker=tracker, pagemap=pagemap, afterwards="stopped")
+    for number, hot_for in (("a", 4), ("b", 5)):
+        result = await incdump.precopy(
+            target.pid,
+            images_root / number,
+            rule=rounds_of(6),
+            options=options,
+            on_round=lambda done, _, hot_for=hot_for: heat(target, done.number) if done.number < hot_for else None,
+        )
+        pids = oracle.tree(target.pid)
+        try:
+            assert result.final is not None
+            report = oracle.compare(result.final.images_dir, pids)
+        finally:
+            carry_on(pids.values())
+        assert report.ok, report
+        deferred = [done.bytes_deferred >> 12 for done in result.rounds]
+        copied = [done.bytes_written >> 12 for done in result.rounds]
+        assert [pages >= HOT for pages in deferred] == [False, False, False, *(n < hot_for for n in (3, 4, 5))]
+        assert copied[hot_for] >= HOT  # the round after the last one in which they were written
+        assert result.final.stats.pages_written < FEW
+
+
+@pytest.mark.asyncio
+async def test_what_no_tracker_follows_is_never_deferred(churn: Callable[..., Target], images_root: Path) -> None:
+    target = churn(seed=96, threads=2, mib=4, free_run=True)
+    result = await incdump.precopy(
+        target.pid, images_root / "chain", rule=rounds_of(5), options=DumpOptions(tracker="content")
+    )
+    assert all(done.bytes_written > 0 and not done.bytes_deferred for done in result.rounds)
+
+
+@pytest.mark.asyncio
+async def test_a_churning_tree_whose_hot_pages_were_deferred_is_dumped_exactly(
+    churn: Callable[..., Target], images_root: Path
+) -> None:
+    require_tracker("uffd-wp")
+    target = churn(seed=97, threads=2, processes=3, mib=8, free_run=True)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root / "after", session=session)
+        for n in range(2):
+            rounds = session.precopy(images_root / str(n), policy=PrecopyPolicy(final="none"), rule=rounds_of(4 + n))
+            deferred = [done.bytes_deferred async for done, _ in rounds]
+            assert any(deferred)
+            chain.rounds.append(session.rounds[-1])
+            await chain.prove()
+    target.quit()
+
+
+@pytest.mark.asyncio
+async def test_the_hottest_mapping_is_named_though_nothing_of_it_was_copied(
+    rewriter: Callable[..., Target], images_root: Path
+) -> None:
+    target = rewriter(mib=16)
+    five = rounds_of(5)
+
+    def rule(history: Sequence[PrecopyRound], *rest: Any) -> Decision:
+        verdict: Verdict = "cancel" if len(history) == 5 else "go on"
+        return replace(five(history, *rest), verdict=verdict, converges=False)
+
+    told: list[PrecopyRound] = []
+
+    def on_round(done: PrecopyRound, _: Decision) -> None:
+        told.append(done)
+        heat(target, done.number)
+
+    with pytest.raises(DidNotConverge, match=r"most is written to .* \(51\d pages\)"):
+        await incdump.precopy(target.pid, images_root / "chain", rule=rule, on_round=on_round)
+    assert told[-1].bytes_written < FEW << 12
+
+
+# --- in a session -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_a_sessions_rounds_one_by_one(rewriter: Callable[..., Target], images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    target = rewriter(mib=16)
+    async with incdump.Session(target.pid) as session:
+        before = await session.predump(images_root / "before")
+        rounds = session.precopy(images_root / "chain", rule=rounds_of(4), options=DumpOptions(afterwards="stopped"))
+        told: list[tuple[int, str]] = []
+        async for done, decision in rounds:
+            assert rounds.result.rounds[-1] is done
+            assert rounds.result.decision is decision
+            assert session.rounds[-1].images_dir == str(images_root / "chain" / str(done.number))
+            told.append((done.number, decision.verdict))
+            heat(target, done.number)
+        pids = oracle.tree(target.pid)
+        try:
+            final = rounds.result.final
+            assert final is not None
+            report = oracle.compare(final.images_dir, pids)
+        finally:
+            carry_on(pids.values())
+        assert report.ok, report
+        assert told == [(1, "go on"), (2, "go on"), (3, "go on"), (4, "stop")]
+        assert rounds.result.rounds[3].bytes_deferred >= HOT << 12
+        assert rounds.result.downtime == pytest.approx((final.stats.freezing_time + final.stats.frozen_time) / 1e6)
+        assert session.rounds[-1] is final
+        assert session.rounds[1].parent == before.images_dir
+        assert all(r.incremental and not r.warnings for r in session.rounds[1:])
+        assert directories(images_root / "chain") == ["1", "2", "3", "4", "5", "latest"]
+        assert (images_root / "chain" / "latest").resolve() == images_root / "chain" / "5"
+        with pytest.raises(StopAsyncIteration):
+            await anext(rounds)
+        chain = Chain(target, images_root / "after", session=session)
+        await chain.predump(parent="../../chain/5")
+        await chain.prove(check=False)
+    assert watched_vmas(target.pid) == []
+
+
+async def hot_rounds(session: incdump.Session, target: Target, path: Path, number: int) -> incdump.PrecopyRounds:
+    """A loop that stands after so many rounds, pages deferred."""
+    rounds = session.precopy(path, rule=rounds_of(9))
+    async for done, _ in rounds:
+        if done.number == number:
+            break
+        heat(target, done.number)
+    assert rounds.result.rounds[-1].bytes_deferred >= HOT << 12
+    return rounds
+
+
+async def fail_in_round(rounds: incdump.PrecopyRounds, target: Target, number: int) -> None:
+    """A loop whose body divides by zero after that round."""
+    async for done, _ in rounds:
+        heat(target, done.number)
+        assert 1 // (number - done.number) >= 0
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("way", ["break", "aclose", "exception", "forgotten"])
+async def test_a_loop_that_is_left(rewriter: Callable[..., Target], images_root: Path, way: str) -> None:
+    """Its rounds stay, and the session's next dump is right: also of pages that the loop deferred."""
+    require_tracker("uffd-wp")
+    target = rewriter(mib=16)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root / "after", session=session)
+        if way == "exception":
+            with pytest.raises(ZeroDivisionError):
+                await fail_in_round(session.precopy(images_root / "chain", rule=rounds_of(9)), target, 4)
+        else:
+            rounds = await hot_rounds(session, target, images_root / "chain", 4)
+            if way == "aclose":
+                await rounds.aclose()
+                with pytest.raises(StopAsyncIteration):
+                    await anext(rounds)
+            elif way == "forgotten":
+                del rounds
+                gc.collect()
+        assert_untouched(target)
+        assert directories(images_root / "chain") == ["1", "2", "3", "4", "latest"]
+        chain.rounds.append(session.rounds[-1])
+        await chain.prove(check=False)
+        assert chain.last.incremental
+        assert chain.last.stats.pages_written >= HOT
+        if way == "break":  # and may be gone on with
+            done, _ = await anext(rounds)
+            assert done.number == 5
+            assert session.rounds[-1].incremental
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("quiet", [False, True], ids=["hot", "quiet"])
+async def test_a_round_that_fails_after_pages_were_deferred(
+    rewriter: Callable[..., Target], images_root: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool
+) -> None:
+    require_tracker("uffd-wp")
+    target = rewriter(mib=16)
+
+    def fail(*_: object) -> None:
+        raise ImagesIOError("the disk is full")
+
+    async with incdump.Session(target.pid) as session:
+        rounds = await hot_rounds(session, target, images_root / "chain", 4)
+        if not quiet:
+            heat(target, 99)
+        with monkeypatch.context() as patch:
+            patch.setattr(DumpRun, "_finish", fail)
+            with pytest.raises(ImagesIOError):
+                await anext(rounds)
+        with pytest.raises(StopAsyncIteration):
+            await anext(rounds)
+        assert_untouched(target)
+        assert directories(images_root / "chain") == ["1", "2", "3", "4", "latest"]
+        chain = Chain(target, images_root / "after", session=session)
+        chain.rounds.append(session.rounds[-1])
+        await chain.prove(check=False)
+        assert chain.last.incremental
+        assert HOT <= chain.last.stats.pages_written <= HOT + FEW
+
+
+async def follow(rounds: incdump.PrecopyRounds) -> None:
+    """All of them."""
+    async for _ in rounds:
+        pass
+
+
+@pytest.mark.asyncio
+async def test_cancelled_at_any_moment_a_session_goes_on(churn: Callable[..., Target], images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    seed = random.SystemRandom().randrange(1 << 30)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    target = churn(seed=98, threads=2, mib=4, free_run=True, dirty_rate=3000)
+    policy, rule = PrecopyPolicy(final="none"), rounds_of(5, "throttle")
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root / "after", session=session)
+        await follow(session.precopy(images_root / "0", policy=policy, rule=rule))
+        again = session.precopy(images_root / "1", policy=policy, rule=rule)
+        await follow(again)
+        assert any(done.bytes_deferred for done in again.result.rounds)
+        assert again.result.rounds[-1].throttled > 0.5
+        for n in range(2, 10):
+            await rng.choice(WAYS)(
+                follow(session.precopy(images_root / str(n), policy=policy, rule=rule)),
+                again.result.seconds * rng.uniform(0, 1.1),
+            )
+            assert_untouched(target)
+            if n % 4 == 1:
+                chain.rounds.append(session.rounds[-1])
+                await chain.prove()
+        assert all(r.incremental for r in session.rounds[1:]), [r.warnings for r in session.rounds]
+    target.quit()
+
+
+@pytest.mark.asyncio
+async def test_a_target_is_not_slowed_down_between_two_rounds(
+    churn: Callable[..., Target], images_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tracker("uffd-wp")
+    target = churn(seed=99, threads=2, mib=8, free_run=True)
+    before = await speed(target)
+    policy = PrecopyPolicy(downtime=1e-6, timeout=0.1, on_timeout="throttle")
+    stops: list[float] = []
+    stop_for = Throttle._stop_for
+
+    async def stop(self: Throttle, freezer: object, seconds: float) -> None:
+        stops.append(seconds)
+        await stop_for(self, freezer, seconds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Throttle, "_stop_for", stop)
+    async with incdump.Session(target.pid) as session:
+        async for done, _ in session.precopy(images_root / "chain", policy=policy):
+            if done.throttled > 0.5:
+                break
+        assert stops
+        stops.clear()
+        assert_untouched(target)
+        assert await speed(target) > before / 3
+        assert not stops
+        await session.dump(images_root / "last")
+    target.quit()
+
+
+@pytest.mark.asyncio
+async def test_a_session_that_cannot_make_rounds(rewriter: Callable[..., Target], images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    target = rewriter(mib=1)
+    policy = PrecopyPolicy(downtime=1e-9, timeout=0.5)
+    async with incdump.Session(target.pid) as session:
+        with pytest.raises(incdump.XferError, match="directories"):
+            session.precopy(images_root / "1", options=DumpOptions(page_server=("localhost", 1)))
+        target.command("rate 1000")
+        with pytest.raises(DidNotConverge):
+            await follow(session.precopy(images_root / "1", policy=policy))
+        rounds = session.precopy(images_root / "1", policy=policy)
+        with pytest.raises(incdump.ImagesError):  # there are rounds in it
+            await anext(rounds)
+        left = session.precopy(images_root / "2", policy=policy)
+        await anext(left)
+    with pytest.raises(HolderError, match="closed"):
+        await anext(left)
+    assert_untouched(target)
 
 
 def test_the_command(rewriter: Callable[..., Target], images_root: Path) -> None:
