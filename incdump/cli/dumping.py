@@ -87,7 +87,11 @@ _DUMP_OPTIONS = (
 
 
 _PAGE_SERVER_OPTIONS = (
-    click.option("--page-server", is_flag=True, help="Send the pages to a page server; all else goes to DIR."),
+    click.option(
+        "--page-server",
+        is_flag=True,
+        help="Send the images to a page server; DIR keeps what is small, CRIU's gets pages only.",
+    ),
     click.option("--address", default="127.0.0.1", metavar="ADDRESS", show_default=True, help="Of the page server."),
     click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Of the page server."),
     click.option(

@@ -79,7 +79,17 @@ def test_the_precopy_example_tells_of_its_rounds_and_dumps(rewriter: Callable[..
     assert checked.code == 0, checked
 
 
-@pytest.mark.parametrize("name", ["library_session", "library_precopy"])
+def test_the_page_server_example_sends_and_receives(rewriter: Callable[..., Target], images_root: Path) -> None:
+    target = rewriter(mib=8, rate=200)
+    done = run_python(ROOT / "examples" / "library_page_server.py", target.pid, images_root)
+    assert done.code == 0, done
+    assert done.out.count("received ") == 3
+    assert "3 images dirs" in done.out
+    assert is_untouched(target.pid)
+    assert not list((images_root / "sent").glob("*/pages-*"))
+
+
+@pytest.mark.parametrize("name", ["library_session", "library_precopy", "library_page_server"])
 def test_an_example_says_in_one_line_what_is_wrong(images_root: Path, name: str) -> None:
     done = run_python(ROOT / "examples" / f"{name}.py", os.getpid(), images_root)
     assert done.code == 1
