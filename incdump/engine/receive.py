@@ -431,7 +431,7 @@ class _Arrival:
 
     async def _tell_that_it_runs(self, talk: Conversation) -> None:
         """It does, whether the source hears of it or not."""
-        with suppress(IncdumpError):
+        with suppress(IncdumpError), anyio.CancelScope(shield=True):  # also if this is being cancelled
             await talk.say("runs")
         self._warning = await self._hook_after("runs")
         with suppress(IncdumpError):
