@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
 EASY = PrecopyPolicy(downtime=5.0, timeout=60)
+TWO_ROUNDS = PrecopyPolicy(downtime=1e-6, timeout=600, max_rounds=2)
+SILENCE = 60 if "INCDUMP_TEST_SLOWER" in os.environ else 5
+"""Seconds after which the other end is given up."""
 
 
 def migrate(target: RestorableTarget, port: int, **options: Any) -> MigrateResult:
     options.setdefault("policy", EASY)
-    options["options"] = of_forced_tracker(options.get("options", DumpOptions(page_server_timeout=5)))
+    options["options"] = of_forced_tracker(options.get("options", DumpOptions(page_server_timeout=SILENCE)))
     call = partial(incdump.migrate, target.pid, "127.0.0.1", port, criu=str(criu_path()), **options)
     return anyio.run(call, backend_options={"use_uvloop": True})
 
@@ -68,7 +71,9 @@ def test_a_tree_runs_on_over_there(images_root: Path) -> None:
         receiving(images_root / "arriving") as there,
     ):
         target.step(50)
-        result = migrate(target, there.port, on_step=steps.append, on_round=lambda *_: target.step(20))
+        result = migrate(
+            target, there.port, policy=TWO_ROUNDS, on_step=steps.append, on_round=lambda *_: target.step(20)
+        )
         runs_there(target, there)
         report = there.migration()
         target.quit()
@@ -273,18 +278,13 @@ def test_a_connection_that_breaks_before_the_switch_keeps_the_tree_here(images_r
                         proxy.cut()
 
                 with pytest.raises(incdump.IncdumpError):
-                    migrate(target, proxy.port, on_step=at, on_round=partial(at, "round"), policy=slow())
+                    migrate(target, proxy.port, on_step=at, on_round=partial(at, "round"), policy=TWO_ROUNDS)
             runs_here(target, there)
             assert there.migration()["outcome"] == "void"
             assert list((images_root / "arriving").iterdir()) == []
         migrate(target, there.port)
         runs_there(target, there)
         target.quit()
-
-
-def slow() -> PrecopyPolicy:
-    """Two rounds at least."""
-    return PrecopyPolicy(downtime=1e-6, timeout=60, max_rounds=2)
 
 
 @in_own_namespaces
@@ -390,7 +390,7 @@ def test_a_receiver_that_is_killed_leaves_the_tree_here(images_root: Path) -> No
                     there.port,
                     on_step=at,
                     on_round=partial(at, "round"),
-                    policy=slow(),
+                    policy=TWO_ROUNDS,
                     asking=1.0,
                     if_unknown="run",  # it was killed before it could hear of it
                 )
@@ -456,7 +456,7 @@ def test_a_target_that_exits_in_the_middle_is_gone(images_root: Path) -> None:
                 target.process.wait()
 
         with pytest.raises(incdump.TargetError):
-            migrate(target, there.port, on_round=at, policy=slow())
+            migrate(target, there.port, on_round=at, policy=TWO_ROUNDS)
         assert there.migration()["outcome"] == "void"
         assert list((images_root / "arriving").iterdir()) == []
 
