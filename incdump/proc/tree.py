@@ -116,10 +116,23 @@ def check_target(pid: int) -> Task:
         raise NoSuchTarget(f"{pid} is a thread of process {tgid}: name the process, {tgid}", pid=pid)
     _check_suitable(pid, stat)
     _check_access(pid)
-    tracer = int(status.get(b"TracerPid", b"0"))
-    if tracer and not os.path.exists(f"/proc/self/task/{tracer}"):  # by ourselves it may be: we know what we do
+    if tracer := _foreign_tracer(pid, status):
         raise AlreadyTraced(f"process {pid} is traced by process {tracer}: detach that first", pid=pid)
     return task
+
+
+def _foreign_tracer(pid: int, status: dict[bytes, bytes]) -> int:
+    """Who traces a process, if not a thread of this very process: we know what we do; 0 for nobody."""
+    tracer = 0
+    while (found := int(status.get(b"TracerPid", b"0"))) != tracer:
+        if not found or os.path.exists(f"/proc/self/task/{found}"):
+            return 0
+        tracer = found  # or a thread of ours that has ended meanwhile: then it is not its tracer any more
+        try:
+            status = _status(pid)
+        except ProcessLookupError as e:
+            raise _missing(pid, e.errno) from None
+    return tracer
 
 
 def _check_suitable(pid: int, stat: Stat) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from incdump._uapi import ptrace
 from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsuitable
 from incdump.proc import tree
 from incdump.proc.identity import identify, is_same, open_pidfd, parse_stat, read_stat
@@ -251,6 +252,34 @@ def test_a_traced_process_is_refused() -> None:
         target.go()
         with contextlib.suppress(ProcessLookupError):  # it may have come to its own end
             os.kill(child, signal.SIGKILL)
+
+
+def test_a_tracer_of_our_own_that_ends_in_that_moment_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    seized, seen = threading.Event(), threading.Event()
+    read = tree._status
+
+    def trace(pid: int) -> None:
+        ptrace.seize(pid)
+        seized.set()
+        seen.wait(10)  # then the kernel detaches it
+
+    def status(pid: int) -> dict[bytes, bytes]:
+        found = read(pid)
+        if found.get(b"TracerPid", b"0") != b"0" and not seen.is_set():
+            seen.set()
+            tracer.join(10)
+            while Path(f"/proc/self/task/{found[b'TracerPid'].decode()}").exists():
+                pass
+        return found
+
+    with victim("tell(); wait()") as target:
+        tracer = threading.Thread(target=trace, args=(target.pid,))
+        tracer.start()
+        assert seized.wait(10)
+        monkeypatch.setattr(tree, "_status", status)
+        assert check_target(target.pid).pid == target.pid
+        assert seen.is_set()
+        target.go()
 
 
 def test_another_users_process_is_refused() -> None:
