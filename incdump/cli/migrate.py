@@ -23,7 +23,7 @@ from incdump.cli.policy import DURATION, freeze_timeout_option, policy_options, 
 from incdump.cli.receive import take_hook
 from incdump.cli.report import Report, report_option
 from incdump.cli.rounds import Rounds, allowed_text, show_freeze
-from incdump.cli.signals import run
+from incdump.cli.signals import Stopped, run
 from incdump.cli.tls import take_tls, tls_options
 from incdump.model.options import COMPRESSIONS, DumpOptions
 from incdump.model.precopy import IF_UNKNOWN
@@ -114,8 +114,16 @@ def command(
         rounds = Rounds(invocation, policy, f"migration of process {pid} ({target.comm}) to {receiver}")
         more: dict[str, Any] = {"criu": criu, "criu_options": criu_options, "hook": take_hook(hook)}
         more |= {"if_unknown": if_unknown, "asking": asking}
+        steps: list[str] = []
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
-            result = run(lambda: _migrate(invocation, rounds, report, log, pid, where, policy, options, more))
+            try:
+                result = run(
+                    lambda: _migrate(invocation, rounds, report, log, pid, where, policy, options, more, steps)
+                )
+            except Stopped as stopped:
+                if "runs" in steps:
+                    raise Stopped(stopped.number, f"the process runs at {receiver} already") from None
+                raise
             if report is not None and result.final is not None:
                 report.last_dump(result.final, result.frozen_at, result.parts)
         for warning in result.warnings:
@@ -136,6 +144,7 @@ async def _migrate(
     policy: PrecopyPolicy,
     options: DumpOptions,
     more: dict[str, Any],
+    steps: list[str],
 ) -> MigrateResult:
     """Call the engine, with those who tell of it."""
     from incdump.engine.migrate import migrate
@@ -146,6 +155,7 @@ async def _migrate(
         rounds.round(done, decision)
 
     def on_step(step: str) -> None:
+        steps.append(step)
         log.line(_STEPS[step])
         if invocation.json:
             print_json({"event": "step", "step": step})

@@ -40,11 +40,16 @@ class Gate:
 
     def __init__(self, place: Path) -> None:
         self._place = place
-        self._lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.script = place / "script"
-        self.script.write_text(_SCRIPT.format(place=shlex.quote(str(place))))
-        self.script.chmod(0o700)
+        self._lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            (place / "stay").touch()
+            self.script.write_text(_SCRIPT.format(place=shlex.quote(str(place))))
+            self.script.chmod(0o700)
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     @property
     def begun(self) -> float:
@@ -57,12 +62,17 @@ class Gate:
         return (self._place / "reached").exists()
 
     def open(self, *, may_pass: bool) -> None:
-        """Let the script go on: to succeed, or to fail. May be called again; only the first time counts."""
+        """Let the script go on: to succeed, or to fail. May be called again; only the first time counts.
+
+        :raises OSError: it was to succeed, and fails.
+        """
         fd, self._lock = self._lock, -1
         if fd >= 0:
-            if may_pass:
-                (self._place / "go").touch()
-            os.close(fd)
+            try:
+                if may_pass:
+                    (self._place / "stay").rename(self._place / "go")  # takes no room on a disk that is full
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """A script that still waits fails."""

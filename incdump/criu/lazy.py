@@ -54,6 +54,11 @@ class LazyCriu:
         finally:
             self._on_end()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet, as far as is known."""
+        return self._process.poll() is None
+
     def end(self) -> int:
         """Wait until it has ended: it does so at the gate, if not before. Blocks.
 

@@ -93,6 +93,11 @@ class LeashedCriu:
         self._thread.join()
         return self._process.wait()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet, as far as is known."""
+        return self._process.poll() is None
+
     def end(self) -> int:
         """Have it end: it is asked to with SIGTERM, which it does not heed while it dumps, and waited for. Blocks."""
         if self._process.poll() is None and not self.scanned:

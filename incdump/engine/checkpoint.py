@@ -29,6 +29,7 @@ import re
 import shutil
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -38,6 +39,7 @@ from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu
 from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
+from incdump.engine.pipeline import first_cause
 from incdump.engine.sent_image import Sending
 from incdump.engine.threads import in_thread
 from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, XferError
@@ -51,6 +53,7 @@ from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.identity import Identity, is_same
+from incdump.proc.tree import is_traced
 from incdump.xfer.local import make_buffer
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ GATE = "criu-gate"
 LOG = "criu-dump.log"
 _GATE_POLL = 0.1
 """Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
+_STANDS_POLL = 0.05
 _FIRST_PAGES_ID = 1 << 20
 """CRIU numbers its own pages images from 1."""
 _PROCESS_PAGEMAP = re.compile(r"pagemap-(\d+)\.img")
@@ -136,10 +140,15 @@ class CheckpointRun(DumpRun):
         super().__init__("dump", pid, images_dir, parent, options, keeper, progress)
         self._times = CheckpointTimes()
         self._at_gate = at_gate
+        self._run: _Run | None = None
 
     def tasks(self) -> list[Task]:
         """The processes that are dumped."""
         return [process.task for process in self._processes.values() if not process.exited]
+
+    def stands(self) -> bool:
+        """Whether the tree still stands at the gate: a CRIU that is killed there lets it run on."""
+        return self._run is not None and self._run.is_running and all(is_traced(task.pid) for task in self.tasks())
 
     async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
@@ -181,7 +190,7 @@ class CheckpointRun(DumpRun):
         self._tell("freezing")
         gate = Gate(images.make_subdir(GATE))
         try:
-            run = _Run(self._command(place, gate), self._criu, way, gate)
+            self._run = run = _Run(self._command(place, gate), self._criu, way, gate)
             began = time.monotonic_ns()
             try:
                 await in_thread(run.start)
@@ -192,7 +201,7 @@ class CheckpointRun(DumpRun):
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
                 await in_thread(self._put_in_place, images, place, buffer, break_off=self._break_off)
                 if self._at_gate is not None:
-                    await self._at_gate(self, gate.begun)
+                    await run.while_it_stands(partial(self._at_gate, self, gate.begun))
                 self._left = self._frozen_now()  # what happens now cannot be taken back
             except BaseException as error:
                 gate.open(may_pass=False)
@@ -200,7 +209,8 @@ class CheckpointRun(DumpRun):
                 if isinstance(error, LeashUnusable):
                     images.remove_subdirs()
                 raise
-            gate.open(may_pass=True)
+            with suppress(OSError):  # CRIU fails then, and says so
+                gate.open(may_pass=True)
             status = await run.end()
             if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
                 self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
@@ -366,6 +376,35 @@ class _Run:
             if self._ended.is_set():
                 raise _CriuEnded(await self.end())
             await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not ended yet, as far as is known."""
+        return self._criu is not None and self._criu.is_running
+
+    async def while_it_stands(self, job: Callable[[], Awaitable[None]]) -> None:
+        """Do something at the gate; it is cancelled if CRIU ends meanwhile.
+
+        :raises _CriuEnded: so it was.
+        """
+        is_done = False
+
+        async def watch() -> None:
+            while self.is_running:  # noqa: ASYNC110 - no event tells of it
+                await anyio.sleep(_STANDS_POLL)
+            tasks.cancel_scope.cancel()
+
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch)
+                await job()
+                is_done = True
+                tasks.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise first_cause(group) from None
+        if not is_done:
+            self._gate.open(may_pass=False)  # its script waits there still
+            raise _CriuEnded(await self.end())
 
     async def end(self) -> int:
         """Wait until it has ended, whoever is cancelled meanwhile."""

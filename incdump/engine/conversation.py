@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _BEATS = 8
 """In the time after which silence means that the other is gone."""
-_LONGEST_BEAT = 2.0
+_LONGEST_BEAT = 0.5
 _UNHEARD = 16
 """Messages that wait to be heard: neither end has more to say unasked."""
 

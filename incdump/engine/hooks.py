@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from incdump.errors import MigrationError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import IO
 
 _SAID = 200
 """Letters of what it said on stderr that are quoted."""
@@ -33,22 +35,26 @@ async def call_hook(command: Sequence[str], step: str, pid: int, images_dir: str
     if images_dir is not None:
         env["INCDUMP_IMAGES_DIR"] = images_dir
     try:
-        process = await anyio.open_process(
-            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env
-        )
+        # A file, no pipe: what the hook leaves running would keep that open.
+        with tempfile.TemporaryFile() as stderr:
+            status = await _run(command, env, stderr)
+            stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _SAID))
+            said = stderr.read().decode(errors="replace").strip()
     except (OSError, ValueError) as error:
         raise MigrationError(f"the hook {command[0]} cannot be run: {error}", pid=pid) from error
-    said = b""
-    async with process:
-        assert process.stderr is not None
+    if status:
+        reason = f": {said}" if said else ""
+        raise MigrationError(f"the hook {command[0]} failed at {step!r} (exit status {status}){reason}", pid=pid)
+
+
+async def _run(command: Sequence[str], env: dict[str, str], stderr: IO[bytes]) -> int:
+    """Returns its exit status. It is killed when this is cancelled."""
+    async with await anyio.open_process(
+        list(command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=env
+    ) as process:
         try:
-            async for piece in process.stderr:
-                said = (said + piece)[-_SAID:]
-            status = await process.wait()
+            return await process.wait()
         except BaseException:
             with suppress(ProcessLookupError):
                 process.kill()
             raise
-    if status:
-        reason = f": {said.decode(errors='replace').strip()}" if said.strip() else ""
-        raise MigrationError(f"the hook {command[0]} failed at {step!r} (exit status {status}){reason}", pid=pid)

@@ -33,7 +33,7 @@ from incdump.engine.conversation import conversation
 from incdump.engine.hooks import call_hook
 from incdump.engine.precopy import Loop
 from incdump.engine.requirements import describe
-from incdump.engine.threads import in_thread
+from incdump.engine.threads import in_thread, unbroken
 from incdump.errors import (
     CannotMigrate,
     ConnectionLost,
@@ -75,7 +75,7 @@ class MigrateResult:
         has a checkpoint, and the tree runs on here.
     :ivar rounds: the pre-dumps.
     :ivar decision: the last one.
-    :ivar final: the checkpoint.
+    :ivar final: the checkpoint; None if CRIU failed here after the tree ran over there (a warning says so).
     :ivar downtime: seconds, by the clock of this host, from the moment when CRIU began to stop the tree until the news
         came that it runs over there (or, stored only, until it ran on here).
     :ivar frozen_at: when that was, seconds since the pre-copy loop began; None without a checkpoint.
@@ -170,13 +170,15 @@ async def migrate(
             )
             loop.switch = partial(source.switch, talk)
             try:
-                result = await loop.run(program.path, criu_options)
+                await loop.run(program.path, criu_options)
             except BaseException as error:
                 with anyio.CancelScope(shield=True):
                     await source.conclude(talk, error)
-                raise
-            await source.conclude(talk, None)
-    assert result.final is not None
+                if not (source.is_there and isinstance(error, IncdumpError)):
+                    raise
+            else:
+                await source.conclude(talk, None)
+    result, final = loop.result, loop.result.final
     downtime = result.downtime if source.downtime is None else source.downtime
     return MigrateResult(
         pid=pid,
@@ -184,13 +186,13 @@ async def migrate(
         outcome="runs" if source.restores else "stored",
         rounds=result.rounds,
         decision=result.decision,
-        final=result.final,
+        final=final,
         downtime=downtime,
         frozen_at=result.frozen_at,
-        parts=_parts(result.final, downtime, source.switched),
+        parts=[] if final is None else _parts(final, downtime, source.switched),
         hottest=result.hottest,
         seconds=time.monotonic() - began,
-        warnings=[*result.warnings, *result.final.warnings, *source.warnings],
+        warnings=[*result.warnings, *([] if final is None else final.warnings), *source.warnings],
     )
 
 
@@ -228,6 +230,7 @@ class _Loop(Loop):
 class _Source:
     """This end of the migration.
 
+    :ivar is_there: whether the tree runs over there, and is to end here.
     :ivar token: by which the receiver knows what belongs to it.
     :ivar restores: whether the receiver restores.
     :ivar restore_rate: bytes that it restores in a second; None: not known.
@@ -253,7 +256,8 @@ class _Source:
         self._tell = on_step
         self._if_unknown = if_unknown
         self._asking = asking
-        self._is_there = False
+        self.is_there = False
+        self._raised: BaseException | None = None  # what is to be raised when the tree is in one place
         self._was_stopped = False
         self._tasks: list[Task] = []
         self.receiver = f"{address} port {port}"
@@ -318,6 +322,7 @@ class _Source:
         :param begun: when CRIU began to stop it, as `time.time` has it.
         :raises incdump.errors.MigrationError: it does not run there.
         """
+        # From the word "go" until CRIU has been told what is to be, nothing may be raised but what keeps the tree here.
         sent = time.time()
         self._tasks = run.tasks()
         self._was_stopped = True
@@ -332,11 +337,15 @@ class _Source:
         self._expect(answer, "ready")
         ready = time.time()
         self._tell("go")
-        with anyio.CancelScope(shield=True):  # from the word "go" until it is known what has come of it
-            await self._go(talk)
+        if not await in_thread(run.stands):
+            raise MigrationError(
+                f"process {self._pid} goes on here: CRIU, which was to hold it, has ended", pid=self._pid
+            )
+        _, self._raised = await unbroken(partial(self._go, talk))
         runs = time.time()
-        self._is_there = True
-        self._tell("runs")
+        self.is_there = True
+        if not run.stands():
+            self._end_here()
         self.downtime = runs - begun
         self.switched = [
             FreezePart("restore", int((ready - sent) * 1e6)),
@@ -367,7 +376,8 @@ class _Source:
 
         :raises incdump.errors.OutcomeUnknown: that cannot be found out.
         """
-        self._tell("asking")
+        with suppress(Exception):  # whoever cannot be told
+            self._tell("asking")
         with anyio.move_on_after(self._asking):
             while True:
                 with suppress(XferError):
@@ -385,9 +395,7 @@ class _Source:
         text = f"it is not known whether process {self._pid} runs at {self.receiver} ({why}); here it "
         if self._if_unknown == "run":
             return OutcomeUnknown(text + "goes on: make sure that it does not run twice", pid=self._pid)
-        for task in self._tasks:
-            with suppress(ProcessLookupError):
-                os.kill(task.pid, signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         pids = " ".join(str(task.pid) for task in self._tasks)
         text += f"is left stopped. If it runs there: kill -KILL {pids}; if not: kill -CONT {pids}"
         return OutcomeUnknown(text, pid=self._pid)
@@ -396,23 +404,34 @@ class _Source:
 
     async def conclude(self, talk: Conversation, error: BaseException | None) -> None:
         """Tell the receiver, and the hook, what has come of it here."""
-        if self._is_there:
-            await in_thread(self._end_here)
+        if self.is_there:
+            self._end_here()
+            if isinstance(error, IncdumpError):
+                self.warnings.append(f"it runs at {self.receiver}, and has been ended here after this: {error}")
             with suppress(IncdumpError):
                 await talk.say("done")
+            try:
+                self._tell("runs")
+            except Exception as problem:
+                self._raised = self._raised or problem
         elif error is not None:
             with suppress(IncdumpError):
                 await talk.say("failed", why=str(error) or type(error).__name__)
-        step = "moved" if self._is_there else "failed" if error is not None and self._was_stopped else None
+        step = "moved" if self.is_there else "failed" if error is not None and self._was_stopped else None
         if step is not None and not isinstance(error, OutcomeUnknown):
             try:
                 await call_hook(self._hook, step, self._pid)
             except MigrationError as problem:
                 self.warnings.append(str(problem))
+        if self._raised is not None:
+            raise self._raised
 
     def _end_here(self) -> None:
-        """CRIU has killed the tree. Make sure of it: it runs over there. Blocks."""
+        """CRIU has killed the tree. Make sure of it, at once: it runs over there."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
         for task in self._tasks:
             if is_same(Identity(task.pid, task.start_time, boot_id())):
                 with suppress(ProcessLookupError):
-                    os.kill(task.pid, signal.SIGKILL)
+                    os.kill(task.pid, number)

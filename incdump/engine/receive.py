@@ -51,6 +51,8 @@ _REMEMBERED = 64
 _UNASKED_SECONDS = 120.0
 """For which the only arrival's outcome can still be asked for, if the source has not heard of it."""
 _PAGES_WAITING = 8
+_LAST_HOOK_SECONDS = 10.0
+"""For the hook of a receiver that has been told to end."""
 
 State: TypeAlias = Literal["open", "ready", "going", "runs", "stored", "void"]
 
@@ -186,7 +188,8 @@ class Receiver:
             if report is not None:
                 if on_migration is not None:
                     on_migration(report)
-                reports.append(report)
+                if self._options.once:  # else nobody will see them, and there may be many
+                    reports.append(report)
                 over.set()
 
         async def welcome() -> None:
@@ -233,7 +236,12 @@ class Receiver:
         if self._current is not None:
             await talk.say("welcome", problems=["it is busy with another migration"])
             return None
-        arrival = _Arrival(self._next_path(), self._listener, self._options, self._criu, client.name, on_session)
+        try:
+            path = self._next_path()
+        except OSError as error:
+            await talk.say("failed", why=str(_unable(error)))
+            return None
+        arrival = _Arrival(path, self._listener, self._options, self._criu, client.name, on_session)
         self._current = arrival
         self._arrivals[arrival.token] = arrival
         while len(self._arrivals) > _REMEMBERED:
@@ -275,6 +283,11 @@ async def _unless_broken(job: Callable[[], Any]) -> None:
         await job()
 
 
+def _unable(error: OSError) -> MigrationError:
+    """A full disk, no descriptors left: of this migration, not of the receiver."""
+    return MigrationError(f"the receiver cannot go on: {error.strerror or error}", errno=error.errno)
+
+
 class _Arrival:
     """One tree on its way here.
 
@@ -305,6 +318,8 @@ class _Arrival:
         self._sessions = Sessions(path, listener.joins, options=page_options, token=self.token)
         self._put, self._clients = anyio.create_memory_object_stream[Any](_PAGES_WAITING)
         self._scope = anyio.CancelScope()
+        self._is_served = anyio.Event()  # no session is under way
+        self._is_served.set()
         self._pid, self._comm = 0, ""
         self._rounds: list[str] = []
         self._restored: RestoreResult | None = None
@@ -340,16 +355,24 @@ class _Arrival:
                 await self._receive(talk, tree)
             if self._scope.cancelled_caught:
                 error = MigrationError("the source has given it up")
-        except IncdumpError as problem:
-            error = problem
-            if not isinstance(error, CannotMigrate):
+        except (IncdumpError, OSError) as problem:
+            error = problem if isinstance(problem, IncdumpError) else _unable(problem)
+            if self.state == "runs":  # the source is told nothing else
+                self._warning, error = str(error), None
+            elif not isinstance(error, CannotMigrate):
                 with suppress(IncdumpError):
                     await talk.say("failed", why=str(error))
+        except BaseException:  # the receiver is to end
+            if self.state not in ("runs", "stored") and self._was_begun:
+                with anyio.move_on_after(_LAST_HOOK_SECONDS, shield=True):
+                    await self._hook_after("failed")
+            raise
         finally:
             if self.state not in ("runs", "stored"):
                 self.state = "void"
                 with anyio.CancelScope(shield=True):
-                    await in_thread(self._remove)
+                    with suppress(OSError):
+                        await in_thread(self._remove)
             self.decided.set()
             self._turn_away()
         if self.state == "void" and self._was_begun:
@@ -387,21 +410,25 @@ class _Arrival:
 
     async def _serve_pages(self) -> None:
         async for client in self._clients:
+            self._is_served = anyio.Event()
             report = await self._sessions.serve(client, self._on_session)
             if report.images_dir is not None:
                 self._rounds.append(report.images_dir)
+            self._is_served.set()
 
     async def _converse(self, talk: Conversation) -> None:
         said = await talk.hear()
         if said["say"] == "failed":
             raise MigrationError(f"the source has given it up: {said.get('why')}")
+        if said.get("number") == len(self._rounds) + 1:  # its client may know sooner than this task that it is through
+            await talk.unless_lost(self._is_served.wait)
         if said["say"] != "restore" or not self._rounds or said.get("number") != len(self._rounds):
             raise ProtocolError(f"the source says {said['say']!r} after {len(self._rounds)} rounds")
         if self._criu is None:
             self.state = "stored"
             await talk.say("stored", images_dir=self._rounds[-1])
             return
-        held = HeldRestore(Path(self._rounds[-1]), self._criu, self._options.criu_options)
+        held = HeldRestore(Path(self._rounds[-1]), self._criu, self._options.criu_options, self._pid)
         try:
             await talk.unless_lost(partial(self._make_ready, held))
             if self.state == "open":
@@ -452,5 +479,6 @@ class _Arrival:
         if self._path.name.isdecimal() and not self._options.once:
             shutil.rmtree(self._path, ignore_errors=True)
             return
-        for images in self._rounds:
-            shutil.rmtree(images, ignore_errors=True)
+        for name in os.listdir(self._path):  # it was empty; a round may be there that is in no report yet
+            if name.isascii() and name.isdecimal():
+                shutil.rmtree(self._path / name, ignore_errors=True)

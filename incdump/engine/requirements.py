@@ -39,6 +39,8 @@ _NAMED = 5
 _DELETED = " (deleted)"
 _TRIED = 32 << 20
 """Bytes."""
+_MOST_COMM = 64
+"""Letters: the kernel has 15."""
 
 
 def describe(pid: int, criu: Criu) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def who(tree: object) -> tuple[int, str]:
     """
     if isinstance(tree, dict):
         pid, comm = tree.get("pid"), tree.get("comm")
-        if isinstance(pid, int) and isinstance(comm, str):
+        if isinstance(pid, int) and isinstance(comm, str) and len(comm) <= _MOST_COMM:
             return pid, comm
     raise ProtocolError("the tree that is to come is not described")
 

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,13 @@ from incdump.criu.gate import Gate
 from incdump.criu.program import failure, find
 from incdump.engine.check import check
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesError, IncdumpError
+from incdump.errors import ImagesError, IncdumpError, TargetError
 from incdump.images.core import has_registers
 from incdump.images.images_dir import ImagesDir
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
+from incdump.proc.identity import Identity, boot_id, is_same, read_stat
+from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 LOG = "criu-restore.log"
 STATS = "stats-restore"
+_LOOK_SECONDS = 0.02
 
 
 async def restore(
@@ -93,16 +97,19 @@ class HeldRestore:
     :ivar runs: whether the tree runs.
     """
 
-    def __init__(self, images: Path, program: Criu, criu_options: Sequence[str]) -> None:
+    def __init__(self, images: Path, program: Criu, criu_options: Sequence[str], pid: int) -> None:
         """
         :param images: a checkpoint, proved (`prove`).
+        :param pid: the root's number, as it was dumped.
         """
+        self._pid = pid
         self._images = images
         self._program = program
         self._options = criu_options
         self._place: tempfile.TemporaryDirectory[str] | None = None
         self._gate: Gate | None = None
         self._process: anyio.abc.Process | None = None
+        self._children: set[Identity] = set()
         self.runs = False
 
     async def until_ready(self) -> None:
@@ -115,13 +122,35 @@ class HeldRestore:
         self._gate = Gate(Path(self._place.name))
         command = _command(self._program, self._images, self._pid_path)
         command += ["--restore-detached", "--action-script", str(self._gate.script)]
-        self._process = await anyio.open_process(
-            [*command, *self._options], stdin=None, stdout=None, stderr=subprocess.DEVNULL
-        )
+        with anyio.CancelScope(shield=True):  # who is cancelled here would never know of it
+            self._process = process = await anyio.open_process(
+                [*command, *self._options], stdin=None, stdout=None, stderr=subprocess.DEVNULL
+            )
+        looked = 0.0
         while not self._gate.is_reached:
-            if self._process.returncode is not None:
-                await _result(self._program, self._images, self._pid_path, self._process.returncode or 1)
+            if process.returncode is not None:
+                await _result(self._program, self._images, self._pid_path, process.returncode or 1)
+            if time.monotonic() - looked > _LOOK_SECONDS:
+                self._note_children()
+                looked = time.monotonic()
             await anyio.sleep(0.0005)  # a file appears, made by a shell
+        self._note_children()
+
+    def _note_children(self) -> None:
+        """The tree's root is one of CRIU's children."""
+        assert self._process is not None
+        pid = self._process.pid
+        with suppress(OSError, TargetError):
+            for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+                self._children.add(Identity(child, read_stat(child).start_time, boot_id()))
+
+    def _end_remains(self) -> None:
+        """A CRIU that is killed cannot end what it has restored so far. Blocks."""
+        for child in filter(is_same, self._children):
+            with suppress(TargetError, ProcessLookupError):
+                for task in reversed(process_tree(child.pid)):
+                    with suppress(ProcessLookupError):
+                        os.kill(task.pid, signal.SIGKILL)
 
     @property
     def _pid_path(self) -> Path:
@@ -135,11 +164,18 @@ class HeldRestore:
         """
         assert self._gate is not None
         assert self._process is not None
-        self._gate.open(may_pass=True)
+        with suppress(OSError):  # CRIU fails then, and says so
+            self._gate.open(may_pass=True)
         with anyio.CancelScope(shield=True):
             status = await self._process.wait()
             self.runs = status == 0
-            return await _result(self._program, self._images, self._pid_path, status)
+            try:
+                return await _result(self._program, self._images, self._pid_path, status)
+            except (IncdumpError, OSError, ValueError):
+                if not self.runs:
+                    raise
+                # It runs: what CRIU has written about it may be missing, on a disk that is full.
+                return RestoreResult(images_dir=str(self._images), pid=self._pid, criu=str(self._program))
         raise AssertionError  # a shielded scope swallows nothing
 
     async def close(self) -> None:
@@ -151,7 +187,8 @@ class HeldRestore:
                 if self._process.returncode is None and not (self._gate and self._gate.is_reached):
                     with suppress(ProcessLookupError):
                         self._process.send_signal(signal.SIGTERM)
-                await self._process.wait()
+                if await self._process.wait() < 0:
+                    await in_thread(self._end_remains)
                 await self._process.aclose()
             if self._place is not None:
                 self._place.cleanup()

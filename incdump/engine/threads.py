@@ -16,7 +16,8 @@ import anyio
 import anyio.to_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from typing import Any
 
 T = TypeVar("T")
 
@@ -75,6 +76,22 @@ async def in_thread(
                 break_off()
             await _wait_ended(call)
         raise
+
+
+async def unbroken(job: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, asyncio.CancelledError | None]:
+    """Do something that must not end half way: neither a cancel scope nor ``task.cancel()`` gets at it.
+
+    :returns: its result, and what ``task.cancel()`` would have raised meanwhile, for the caller to raise when it can.
+    """
+    task = asyncio.ensure_future(job())
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    return task.result(), cancelled
 
 
 async def _wait_ended(call: _Call) -> None:

@@ -135,6 +135,14 @@ def _foreign_tracer(pid: int, status: dict[bytes, bytes]) -> int:
     return tracer
 
 
+def is_traced(pid: int) -> bool:
+    """Whether somebody traces a process."""
+    try:
+        return int(_status(pid).get(b"TracerPid", b"0")) != 0
+    except OSError:
+        return False
+
+
 def _check_suitable(pid: int, stat: Stat) -> None:
     """Refuse what has no memory to dump, and the trees that hold this very process."""
     if stat.flags & PF_KTHREAD:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import random
 import socket
+import subprocess
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,9 @@ import pytest
 
 import incdump
 from incdump import Receiver, ReceiverOptions
+from incdump.criu.gate import Gate
+from incdump.engine import receive
+from incdump.engine.hooks import call_hook
 from incdump.xfer.blocks import LENGTH, OFFER, encode_terms
 from incdump.xfer.control import MIGRATE, MOST_MESSAGE, encode_message
 from tests import command
@@ -93,6 +99,7 @@ NONSENSE = {
     "no tree": message("migrate", version=1),
     "a tree that makes no sense": message("migrate", version=1, tree=[1, 2]),
     "a tree without a number": message("migrate", version=1, tree={**TREE, "pid": "x"}),
+    "a name that no process has": message("migrate", version=1, tree={**TREE, "comm": "x" * 1000}),
     "restore without a round": message("migrate", version=1, tree=TREE) + message("restore", number=0),
     "a round that did not come": message("migrate", version=1, tree=TREE) + message("restore", number=3),
     "go": message("go"),
@@ -152,6 +159,46 @@ async def test_a_silent_source_is_given_up(images_root: Path) -> None:
             while not reports:
                 await anyio.sleep(0.01)
     assert "silent for 2 s" in str(reports[0].error)
+
+
+async def test_what_the_host_lacks_ends_one_migration_only(images_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, no descriptors left."""
+    hooked: list[str] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with receiver(images_root / "arriving") as (serving, reports):
+        for owner, name in ((receive, "problems"), (Receiver, "_next_path")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, full)
+                answer = said(await say(serving.port, MIGRATE, message("migrate", version=1, tree=TREE)))
+            hooked += [str(found.get("why")) for found in answer]
+        await is_well(serving)
+        while len(reports) < 2:
+            await anyio.sleep(0.01)
+    assert all("No space left" in text for text in hooked)
+    assert len(hooked) == 2
+    assert "No space left" in str(reports[0].error)
+
+
+async def test_what_a_hook_leaves_running_is_not_waited_for() -> None:
+    with anyio.fail_after(5):
+        await call_hook(("sh", "-c", "sleep 6 & exit 0"), "stopped", 1)
+        with pytest.raises(incdump.MigrationError, match="because of this"):
+            await call_hook(("sh", "-c", "sleep 6 & echo because of this >&2; exit 3"), "stopped", 1)
+
+
+async def test_a_gate_that_cannot_be_opened_is_shut(tmp_path: Path) -> None:
+    """Its script must not wait for ever."""
+    gate = Gate(tmp_path)
+    script = subprocess.Popen([gate.script], env={**os.environ, "CRTOOLS_SCRIPT_ACTION": "post-restore"})
+    while not gate.is_reached:
+        await anyio.sleep(0.01)
+    (tmp_path / "stay").unlink()
+    with pytest.raises(OSError, match="No such file"):
+        gate.open(may_pass=True)
+    assert await anyio.to_thread.run_sync(lambda: script.wait(10)) != 0
 
 
 async def test_a_receiver_for_one_says_why_it_failed(images_root: Path) -> None:
