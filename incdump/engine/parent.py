@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from incdump.engine.watch import ParentImages
 from incdump.errors import ParentMismatch
-from incdump.images.chain import check_chain
 from incdump.images.images_dir import ImagesDir
+from incdump.images.proved import ProvedChain
+from incdump.model.runs import empty_runs
 from incdump.tracking import content
 from incdump.tracking.content import HashTable
 from incdump.xfer.wire import Image
@@ -30,13 +31,20 @@ class Parent:
 
     :param is_there: whether the pages of an image are where they are needed; None: they are all here. Asked when
         something wants to stand on that image.
+    :param proved: what of its chain was proved before, and takes note of what is proved now; None: all is read.
     :raises incdump.errors.ImagesError: it, or an images dir above it, is unfinished, damaged or missing.
     """
 
-    def __init__(self, path: Path, boot_id: str, is_there: Callable[[Image], bool] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        boot_id: str,
+        is_there: Callable[[Image], bool] | None = None,
+        proved: ProvedChain | None = None,
+    ) -> None:
         self.path = path
         self._images = ImagesDir(path)
-        check_chain(self._images, elsewhere=True)
+        self._covered = (proved or ProvedChain()).prove(self._images)
         self._is_there = cache(is_there) if is_there is not None else None
         self._boot_id = boot_id
         inventory = self._images.inventory()
@@ -94,7 +102,7 @@ class Parent:
         if not same:
             entry = {"tracker": entry.get("tracker") if entry.get("tracker") == content.NAME else _NONE}
         return ParentImages(
-            covered=self._images.covered(task.vpid),
+            covered=self._covered.get(("pagemap", task.vpid), empty_runs()),
             generation=entry.get("generation"),
             tracker=entry.get("tracker"),
             uptime=self._uptime if self._processes is None else None,

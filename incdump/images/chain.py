@@ -15,7 +15,7 @@ import os
 import stat
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from incdump.images.new_dir import INVENTORY
 from incdump.model.runs import PAGE_SHIFT, Runs, page_count
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from incdump.images.pagemap import PagemapSummary
@@ -68,7 +69,7 @@ class ChainReport:
         return tuple(chain.from_iterable(level.warnings for level in self.levels))
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """A pagemap of a level."""
 
     kind: Kind
@@ -76,11 +77,14 @@ class _Table(NamedTuple):
     pagemap: PagemapSummary
 
 
-def check_chain(images: ImagesDir, *, elsewhere: bool = False) -> ChainReport:
+Tables: TypeAlias = "dict[tuple[Kind, int], Table]"
+"""The pagemaps of a level."""
+
+
+def check_chain(images: ImagesDir) -> ChainReport:
     """Prove a directory and all it stands on.
 
     :param images: the newest directory.
-    :param elsewhere: whether pages that were sent to a page server may be missing: there they are.
     :returns: what each level holds.
     :raises BrokenChain: a parent is missing, or does not have a page that its child leaves to it.
     :raises BadImage: an image is damaged, missing or of the wrong size.
@@ -88,26 +92,38 @@ def check_chain(images: ImagesDir, *, elsewhere: bool = False) -> ChainReport:
     :raises ParentMismatch: a parent is of another process.
     :raises ImagesIOError: something cannot be read.
     """
-    reports = []
+    return ChainReport(tuple(report for report, _ in prove_levels(images, load_tables)))
+
+
+def prove_levels(
+    images: ImagesDir, load: Callable[[ImagesDir], Tables], *, elsewhere: bool = False
+) -> Iterator[tuple[LevelReport, ImagesDir | None]]:
+    """Prove level after level, the newest first. Each holds if those below it do; errors are those of `check_chain`.
+
+    :param load: gives the pagemaps of a level, as `load_tables` does. Of a level that is not asked for any more, only
+        what they cover counts.
+    :param elsewhere: whether pages that were sent to a page server may be missing: there they are.
+    :returns: for each level what it holds, and its parent.
+    """
     # With a closing None, so that the oldest level is a child, too: one without a parent.
     levels = chain(images.levels(), (None,))
-    tables: dict[tuple[Kind, int], _Table] | None = None
+    tables: Tables | None = None
     for level, parent in pairwise(levels):
         assert level is not None
-        tables = _load_all(level) if tables is None else tables
-        above = {} if parent is None else _load_all(parent)
-        reports.append(_check_level(level, tables, elsewhere=elsewhere))
+        tables = load(level) if tables is None else tables
+        above = {} if parent is None else load(parent)
+        report = _check_level(level, tables, elsewhere=elsewhere)
         if parent is not None:
             _check_identities(level, parent, tables)
         for table in tables.values():
             _check_holes(level, parent, table, above)
+        yield report, parent
         tables = above
-    return ChainReport(tuple(reports))
 
 
-def _load_all(level: ImagesDir) -> dict[tuple[Kind, int], _Table]:
+def load_tables(level: ImagesDir) -> Tables:
     """Summarise every pagemap of a level."""
-    tables: dict[tuple[Kind, int], _Table] = {}
+    tables: Tables = {}
     names: list[tuple[Kind, int]] = [("pagemap", pid) for pid in level.pids()]
     names += [("pagemap-shmem", shmem_id) for shmem_id in level.shmem_ids()]
     for kind, number in names:
@@ -115,15 +131,15 @@ def _load_all(level: ImagesDir) -> dict[tuple[Kind, int], _Table]:
         if found is None:
             path = level.image_path(kind, number)
             raise BadImage(f"{path} is gone: the images dir is being changed", path=path)
-        tables[kind, number] = _Table(kind, number, found)
+        tables[kind, number] = Table(kind, number, found)
     return tables
 
 
-def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table], *, elsewhere: bool) -> LevelReport:
+def _check_level(level: ImagesDir, tables: Tables, *, elsewhere: bool) -> LevelReport:
     """Check a level by itself: inventory, pages images, flags."""
     if INVENTORY in level.names():  # absent only where the caller allowed it
         level.inventory()
-    owners: dict[int, _Table] = {}
+    owners: dict[int, Table] = {}
     size = in_parent = 0
     for table in tables.values():
         other = owners.setdefault(table.pagemap.pages_id, table)
@@ -147,7 +163,7 @@ def _check_level(level: ImagesDir, tables: dict[tuple[Kind, int], _Table], *, el
     )
 
 
-def _check_pages_image(level: ImagesDir, table: _Table, *, elsewhere: bool) -> int:
+def _check_pages_image(level: ImagesDir, table: Table, *, elsewhere: bool) -> int:
     """Check that a pages image is as long as its pagemap says, and return that, bytes."""
     expected = table.pagemap.pages_present << PAGE_SHIFT
     path = level.pages_path(table.pagemap.pages_id)
@@ -175,9 +191,7 @@ def _check_pages_image(level: ImagesDir, table: _Table, *, elsewhere: bool) -> i
     return expected
 
 
-def _check_holes(
-    level: ImagesDir, parent: ImagesDir | None, table: _Table, above: dict[tuple[Kind, int], _Table]
-) -> None:
+def _check_holes(level: ImagesDir, parent: ImagesDir | None, table: Table, above: Tables) -> None:
     """Check that the parent covers every page that a pagemap leaves to it."""
     holes = table.pagemap.holes
     if not len(holes):
@@ -208,7 +222,7 @@ def _first_missing(outer: Runs, inner: Runs) -> int | None:
     return max(int(inner[first, 0]), int(reach[first]))
 
 
-def _check_identities(level: ImagesDir, parent: ImagesDir, tables: dict[tuple[Kind, int], _Table]) -> None:
+def _check_identities(level: ImagesDir, parent: ImagesDir, tables: Tables) -> None:
     """Check that parent and child are of the same processes, as far as incdump.json tells."""
     child_meta, parent_meta = level.meta(), parent.meta()
     if child_meta is None or parent_meta is None:
@@ -235,7 +249,7 @@ def _identity(meta: dict[str, Any], pid: int) -> tuple[Any, Any] | None:
     return meta["boot_id"], process["start_time"]
 
 
-def _oddities(level: ImagesDir, owners: dict[int, _Table]) -> list[str]:
+def _oddities(level: ImagesDir, owners: dict[int, Table]) -> list[str]:
     """What is odd about a level's files but harms nobody."""
     used = {level.pages_path(pages_id).name for pages_id in owners}
     unused = sorted(name for name in level.names() if name.startswith("pages-") and name not in used)
@@ -243,5 +257,5 @@ def _oddities(level: ImagesDir, owners: dict[int, _Table]) -> list[str]:
     return found + ([] if owners else [f"{level.path} holds no pagemap at all"])
 
 
-def _pid(table: _Table) -> int | None:
+def _pid(table: Table) -> int | None:
     return table.number if table.kind == "pagemap" else None

@@ -60,6 +60,7 @@ class ImagesDir:
     held. Any number of threads may read.
 
     :ivar path: the directory, as given.
+    :ivar identity: its device and inode.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, must_be_complete: bool = True) -> None:
@@ -77,7 +78,7 @@ class ImagesDir:
         self._parent: ImagesDir | None = None
         self._pagemaps: dict[tuple[Kind, int], Pagemap | None] = {}
         try:
-            self._identity = _identify(self.path)
+            self.identity = _identify(self.path)
             self._names = frozenset(os.listdir(self.path))
         except OSError as error:
             raise_io_error(error, "read the images dir", self.path)
@@ -114,9 +115,9 @@ class ImagesDir:
         seen = set()
         level: ImagesDir | None = self
         while level is not None:
-            if level._identity in seen:
+            if level.identity in seen:
                 raise BrokenChain(f"the parent links of {self.path} lead back to {level.path}", path=level.path)
-            seen.add(level._identity)
+            seen.add(level.identity)
             yield level
             level = level.parent
 
