@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from incdump.engine.pipeline import PageOwner
     from incdump.freeze.seize import Frozen
     from incdump.holder.client import Keeper
+    from incdump.images.proved import ProvedChain
     from incdump.model.hot import HotPages
     from incdump.proc.tree import Task
 
@@ -134,9 +135,11 @@ class DumpRun:
         keeper: Keeper,
         progress: Callable[[str, DumpStats], None] | None = None,
         hot: HotPages | None = None,
+        proved: ProvedChain | None = None,
     ) -> None:
         """
         :param hot: of a pre-dump in a loop: pages that are written in every round are left to a later dump.
+        :param proved: what the caller has proved of the chain that it makes; None: all of it is proved anew.
         """
         self._kind: Kind = kind
         self._pid = pid
@@ -146,6 +149,7 @@ class DumpRun:
         self._keeper = keeper
         self._progress = progress
         self._hot = hot if kind == "pre-dump" else None  # nothing comes after a dump
+        self._proved = proved
         self._stats = DumpStats()
         self._warn = Warn()
         self._generation = os.urandom(16).hex()
@@ -176,7 +180,7 @@ class DumpRun:
             self._parent = None
             if images.parent is not None:
                 is_there = None if self._sending is None else self._sending.has_parent
-                self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there)
+                self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there, self._proved)
                 self._parent.check_root(self._root)
             self._means = self._make_means(images)
             if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.sees_moves)):

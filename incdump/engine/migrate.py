@@ -220,7 +220,14 @@ class _Loop(Loop):
         at_gate = partial(self.switch, number)
         try:
             run = CheckpointRun(
-                self._pid, path, self._parent(number), self._options, keeper, self._note_freezing, at_gate
+                self._pid,
+                path,
+                self._parent(number),
+                self._options,
+                keeper,
+                self._note_freezing,
+                at_gate,
+                self._proved,
             )
             return await run.with_criu(criu, criu_options, "auto")
         finally:

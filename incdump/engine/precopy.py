@@ -16,19 +16,19 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from incdump.engine.dump import DumpRun, dump
+from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
 from incdump.engine.pipeline import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper
+from incdump.images.proved import ProvedChain
 from incdump.model.hot import HotPages
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
@@ -168,6 +168,7 @@ class Loop:
         self._mappings = WrittenMappings()
         self._throttle = Throttle(pid, timeout=options.freeze_timeout)
         self._hot = HotPages()
+        self._proved = ProvedChain()
         self.result = PrecopyResult(str(path))
         self._began = 0.0
         self._last: DumpResult | None = None
@@ -251,8 +252,8 @@ class Loop:
         keeper = self._in_turn(HolderKeeper())
         try:
             path = self._path / str(number)
-            parent, hot = self._parent(number), self._to_defer()
-            run = DumpRun("pre-dump", self._pid, path, parent, options, keeper, self._progress, hot=hot)
+            parent, hot, proved = self._parent(number), self._to_defer(), self._proved
+            run = DumpRun("pre-dump", self._pid, path, parent, options, keeper, self._progress, hot=hot, proved=proved)
             return await run.run()
         finally:
             keeper.close()
@@ -299,16 +300,16 @@ class Loop:
         await self._tell_written(final)
 
     async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
-        call: Any = dump
-        if self._policy.final == "checkpoint":
-            from incdump.engine.checkpoint import checkpoint  # only where there is CRIU
+        path, parent, keeper = self._path / str(number), self._parent(number), HolderKeeper()
+        arguments = (self._pid, path, parent, self._options, keeper, self._note_freezing)
+        try:
+            if self._policy.final == "checkpoint":
+                from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
-            call = partial(checkpoint, criu=criu, criu_options=criu_options)
-        path = self._path / str(number)
-        final: DumpResult = await call(
-            self._pid, path, parent=self._parent(number), options=self._options, progress=self._note_freezing
-        )
-        return final
+                return await CheckpointRun(*arguments, proved=self._proved).with_criu(criu, criu_options, "auto")
+            return await DumpRun("dump", *arguments, proved=self._proved).run()
+        finally:
+            keeper.close()
 
     def _note_freezing(self, step: str, stats: DumpStats) -> None:
         """Progress of the last dump."""

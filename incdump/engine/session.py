@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -10,12 +11,14 @@ from incdump.engine.dump import DumpRun
 from incdump.engine.precopy import Loop, refuse_page_server
 from incdump.errors import HolderError
 from incdump.holder.client import OwnKeeper
+from incdump.images.proved import ProvedChain
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import PrecopyPolicy, should_stop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from incdump.engine.dump import Kind
     from incdump.engine.precopy import PrecopyResult
     from incdump.model.precopy import Decision, Freeze, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
@@ -39,6 +42,7 @@ class Session:
         self.options = options or DumpOptions()
         self.rounds: list[DumpResult] = []
         self._keeper = OwnKeeper()
+        self._proved = ProvedChain()
         self._busy = False
         self._closed = False
 
@@ -69,9 +73,7 @@ class Session:
             it is the session's last.
         """
 
-        def make(text: str | None) -> Awaitable[DumpResult]:
-            return DumpRun("pre-dump", self.pid, images_dir, text, self.options, self._keeper, progress).run()
-
+        make = partial(self._dump, "pre-dump", images_dir, self.options, progress)
         return await self._run(images_dir, parent, make)
 
     async def dump(
@@ -87,10 +89,19 @@ class Session:
         :param options: instead of the session's, for example to leave the tree stopped.
         """
 
-        def make(text: str | None) -> Awaitable[DumpResult]:
-            return DumpRun("dump", self.pid, images_dir, text, options or self.options, self._keeper, progress).run()
-
+        make = partial(self._dump, "dump", images_dir, options or self.options, progress)
         return await self._run(images_dir, parent, make)
+
+    def _dump(
+        self,
+        kind: Kind,
+        images_dir: str | os.PathLike[str],
+        options: DumpOptions,
+        progress: Callable[[str, DumpStats], None] | None,
+        parent: str | None,
+    ) -> Awaitable[DumpResult]:
+        keeper, proved = self._keeper, self._proved
+        return DumpRun(kind, self.pid, images_dir, parent, options, keeper, progress, proved=proved).run()
 
     def precopy(
         self,
@@ -201,12 +212,14 @@ class _SessionLoop(Loop):
     ) -> None:
         super().__init__(session.pid, path, policy, options, rule, freezes)
         self._session = session
+        self._proved = session._proved
 
     async def _predump(self, number: int, options: DumpOptions) -> DumpResult:
         path, keeper = self._path / str(number), self._in_turn(self._session._keeper)
 
         def make(text: str | None) -> Awaitable[DumpResult]:
-            return DumpRun("pre-dump", self._pid, path, text, options, keeper, hot=self._to_defer()).run()
+            hot, proved = self._to_defer(), self._proved
+            return DumpRun("pre-dump", self._pid, path, text, options, keeper, hot=hot, proved=proved).run()
 
         return await self._session._run(path, _LAST, make)
 
@@ -217,7 +230,8 @@ class _SessionLoop(Loop):
         from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
         def make(text: str | None) -> Awaitable[DumpResult]:
-            run = CheckpointRun(self._pid, path, text, self._options, self._session._keeper, self._note_freezing)
+            keeper, proved = self._session._keeper, self._proved
+            run = CheckpointRun(self._pid, path, text, self._options, keeper, self._note_freezing, proved=proved)
             return run.with_criu(criu, criu_options, "auto")
 
         return await self._session._run(path, _LAST, make)

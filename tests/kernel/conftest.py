@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from incdump.images import images_dir, proved
+from incdump.images.framing import read_file
 from tests.command import ROOT
 
 if TYPE_CHECKING:
@@ -80,3 +83,18 @@ def tiny_tmpfs(images_root: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def pagemap_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many pagemaps of each images dir were read. Every level counts as old enough to be remembered."""
+    counted: Counter[str] = Counter()
+
+    def count(path: str | os.PathLike[str]) -> bytes | None:
+        directory, name = os.path.split(path)
+        counted[directory] += name.startswith("pagemap-")
+        return read_file(path)
+
+    monkeypatch.setattr(images_dir, "read_file", count)
+    monkeypatch.setattr(proved, "_TICK", -3600 * 10**9)
+    return counted

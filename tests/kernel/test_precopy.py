@@ -37,6 +37,7 @@ from tests.kernel.support import (
 )
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -172,6 +173,35 @@ async def test_a_rule_of_ones_own_decides(rewriter: Callable[..., Target], image
     result = await incdump.precopy(target.pid, images_root / "chain", rule=rule)  # type: ignore[arg-type]
     assert seen == [1, 2, 3, 4, 5]
     assert len(result.rounds) == 5
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_round_reads_the_round_before_it_and_no_older_ones(
+    rewriter: Callable[..., Target], images_root: Path, pagemap_reads: Counter[str], own: bool
+) -> None:
+    """However many there are: the last dump, too."""
+    target = rewriter(mib=4)
+    options = DumpOptions(afterwards="stopped")
+    if own:
+        async with incdump.Session(target.pid) as session:
+            rounds = session.precopy(images_root / "chain", rule=rounds_of(12), options=options)
+            async for done, _ in rounds:
+                target.dirty(5, seed=done.number)
+            final = rounds.result.final
+    else:
+        final = (await incdump.precopy(target.pid, images_root / "chain", rule=rounds_of(12), options=options)).final
+    pids = oracle.tree(target.pid)
+    try:
+        assert final is not None
+        *older, last = [pagemap_reads[str(images_root / "chain" / str(number))] for number in range(1, 13)]
+        assert older == [1] * 11
+        assert 1 <= last <= 2  # once more to find what was written most, where the rounds do not shrink
+        report = oracle.compare(final.images_dir, pids)
+    finally:
+        carry_on(pids.values())
+    assert report.ok, report
+    assert len(incdump.check(final.images_dir).levels) == 13
 
 
 @pytest.mark.asyncio

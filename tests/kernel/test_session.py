@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import incdump
-from incdump.errors import HolderError
+from incdump.errors import BrokenChain, HolderError
+from incdump.images.pagemap import decode_pagemap, encode_pagemap
 from incdump.model.options import DumpOptions
-from tests.kernel.support import Chain, Odd, holder_pid, open_fds, require_tracker, tracked_pids, watched_vmas
+from incdump.model.runs import present_entries
+from tests.kernel.support import (
+    Chain,
+    Odd,
+    assert_untouched,
+    holder_pid,
+    open_fds,
+    require_tracker,
+    tracked_pids,
+    watched_vmas,
+)
 
 if TYPE_CHECKING:
+    from collections import Counter
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.targets.build import Target
 
@@ -178,3 +191,84 @@ async def test_sessions_of_several_targets_at_once(churn: Callable[..., Target],
             tasks.create_task(whole_chain(n, target))
     for target in targets:
         target.quit()
+
+
+async def test_a_dump_reads_the_one_before_it_and_no_older_ones(
+    churn: Callable[..., Target], images_root: Path, pagemap_reads: Counter[str]
+) -> None:
+    """By the oracle, too, such a chain is right, long as it is."""
+    target = churn(seed=47, threads=2, processes=2, mib=4, free_run=True)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root, session=session)
+        for n in range(24):
+            await (chain.dump() if n % 10 == 9 else chain.predump())
+        assert pagemap_reads == {
+            result.images_dir: len(list(Path(result.images_dir).glob("pagemap-*.img"))) for result in chain.rounds[:-1]
+        }
+        await chain.prove()
+        assert len(incdump.check(chain.last.images_dir).levels) == 25
+        await chain.predump()
+        await chain.prove()
+    target.quit()
+
+
+async def grown(chain: Chain, number: int) -> None:
+    """So many rounds, each with a tenth of the pages."""
+    for n in range(number):
+        chain.target.dirty(10, seed=n)
+        await chain.predump()
+
+
+def leave_nothing_to_the_parent(images_dir: str, pid: int) -> tuple[Path, bytes]:
+    """Take the holes out of a pagemap; returns its path, and what was in it."""
+    path = Path(images_dir) / f"pagemap-{pid}.img"
+    before = path.read_bytes()
+    pages_id, entries = decode_pagemap(before, path)
+    path.write_bytes(encode_pagemap(pages_id, present_entries(entries)))
+    return path, before
+
+
+async def test_an_older_parent_that_somebody_changed_is_noticed(
+    rewriter: Callable[..., Target], images_root: Path, pagemap_reads: Counter[str]
+) -> None:
+    target = rewriter(mib=8)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root, session=session)
+        await grown(chain, 5)
+        path, before = leave_nothing_to_the_parent(chain.rounds[1].images_dir, target.pid)
+        for _ in range(2):
+            with pytest.raises(BrokenChain, match=f"lacks the page at .* of {path.name}"):
+                await chain.predump()
+        assert_untouched(target)
+        path.write_bytes(before)
+        pagemap_reads.clear()
+        await chain.predump()
+        assert chain.last.incremental
+        assert pagemap_reads == {result.images_dir: 1 for result in chain.rounds[:-1]}
+        await chain.prove(check=False)
+
+
+async def test_of_a_last_parent_that_somebody_changed_counts_what_it_has_now(
+    rewriter: Callable[..., Target], images_root: Path
+) -> None:
+    target = rewriter(mib=8)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root, session=session)
+        await grown(chain, 5)
+        kept = chain.last.stats.pages_written
+        leave_nothing_to_the_parent(chain.last.images_dir, target.pid)
+        await chain.predump()
+        assert chain.last.stats.pages_skipped_parent <= kept < chain.last.stats.pages_written
+        await chain.prove(check=False)
+
+
+async def test_a_parent_that_is_gone_is_missed(rewriter: Callable[..., Target], images_root: Path) -> None:
+    target = rewriter(mib=1)
+    async with incdump.Session(target.pid) as session:
+        chain = Chain(target, images_root, session=session)
+        await grown(chain, 4)
+        shutil.rmtree(chain.rounds[0].images_dir)
+        with pytest.raises(BrokenChain, match="is no images dir"):
+            await chain.predump()
+        await chain.predump(parent=None)
+        await chain.prove(check=False)
