@@ -31,8 +31,10 @@ from incdump.engine.pipeline import first_cause
 from incdump.engine.requirements import problems, restore_rate, who
 from incdump.engine.restore import HeldRestore, prove
 from incdump.engine.threads import in_thread
-from incdump.errors import CannotMigrate, ImagesDirInUse, IncdumpError, MigrationError, ProtocolError
+from incdump.errors import CannotMigrate, ImagesDirInUse, ImagesError, IncdumpError, MigrationError, ProtocolError
 from incdump.images.framing import raise_io_error
+from incdump.images.images_dir import ImagesDir
+from incdump.images.proved import ProvedChain
 from incdump.xfer.control import MIGRATE, VERSION, Control
 
 if TYPE_CHECKING:
@@ -322,6 +324,7 @@ class _Arrival:
         self._is_served.set()
         self._pid, self._comm = 0, ""
         self._rounds: list[str] = []
+        self._proved = ProvedChain(elsewhere=False)
         self._restored: RestoreResult | None = None
         self._warning: str | None = None
         self._was_begun = False  # the hook has been called
@@ -411,6 +414,10 @@ class _Arrival:
     async def _serve_pages(self) -> None:
         async for client in self._clients:
             self._is_served = anyio.Event()
+            if self._rounds and self._criu is not None:
+                # The last round before the next one comes, so that little is left to prove when the tree stands still.
+                with suppress(ImagesError):  # which is raised again when there is need of them
+                    await in_thread(self._proved.prove, ImagesDir(self._rounds[-1]))
             report = await self._sessions.serve(client, self._on_session)
             if report.images_dir is not None:
                 self._rounds.append(report.images_dir)
@@ -452,7 +459,7 @@ class _Arrival:
         images = self._rounds[-1]
         self._was_begun = True
         await call_hook(self._options.hook, "restore", self._pid, images)
-        await in_thread(prove, images)
+        await in_thread(prove, images, self._proved)
         await held.until_ready()
         await call_hook(self._options.hook, "ready", self._pid, images)
 

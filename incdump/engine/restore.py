@@ -20,11 +20,11 @@ import anyio
 
 from incdump.criu.gate import Gate
 from incdump.criu.program import failure, find
-from incdump.engine.check import check
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError
 from incdump.images.core import has_registers
 from incdump.images.images_dir import ImagesDir
+from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
 from incdump.proc.identity import Identity, boot_id, is_same, read_stat
@@ -194,15 +194,16 @@ class HeldRestore:
                 self._place.cleanup()
 
 
-def prove(images_dir: str | os.PathLike[str]) -> Path:
+def prove(images_dir: str | os.PathLike[str], proved: ProvedChain | None = None) -> Path:
     """Make sure that there is a checkpoint. Blocks.
 
+    :param proved: what was proved of its chain before; None: all is read.
     :returns: the directory, absolute.
     :raises incdump.errors.ImagesError: this is nothing to restore from.
     """
     path = Path(os.path.abspath(images_dir))
-    check(path)
     images = ImagesDir(path)
+    (proved or ProvedChain(elsewhere=False)).prove(images)
     for pid in images.pids():
         core = path / f"core-{pid}.img"
         if not core.exists() or not has_registers(core.read_bytes(), core):

@@ -99,7 +99,11 @@ class _Known:
 class ProvedChain:
     """What a program has proved of the chain that it makes. Good for any other chain, too, which is then read."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, elsewhere: bool = True) -> None:
+        """
+        :param elsewhere: whether pages that were sent to a page server may be missing: there they are.
+        """
+        self._elsewhere = elsewhere
         self._known: _Known | None = None
 
     def __repr__(self) -> str:
@@ -107,7 +111,7 @@ class ProvedChain:
         return "<ProvedChain>" if known is None else f"<ProvedChain {known.marks[0].path}, {len(known.marks)} levels>"
 
     def prove(self, images: ImagesDir) -> Covered:
-        """Prove a directory and all it stands on; pages that were sent to a page server may be missing. Blocks.
+        """Prove a directory and all it stands on. Blocks.
 
         :returns: of each pagemap of the directory, the pages that it covers.
         :raises incdump.errors.ImagesError: as `incdump.images.chain.check_chain`. The next time all is read.
@@ -118,7 +122,7 @@ class ProvedChain:
         if known is not None and known.is_of(images):
             self._known = known
             return _covered(known.tables)
-        walk = _Walk(known)
+        walk = _Walk(known, elsewhere=self._elsewhere)
         self._known = walk.prove(images)
         return walk.covered
 
@@ -129,8 +133,9 @@ class _Walk:
     :ivar covered: of the level in which it began.
     """
 
-    def __init__(self, known: _Known | None) -> None:
+    def __init__(self, known: _Known | None, *, elsewhere: bool) -> None:
         self._known = known
+        self._elsewhere = elsewhere
         self._began = False
         self._identity: tuple[int, int] | None = None  # of the newest level that is settled
         self._tables: Tables = {}  # its
@@ -140,7 +145,7 @@ class _Walk:
     def prove(self, images: ImagesDir) -> _Known | None:
         """Prove the chain; returns what is to be remembered."""
         below: tuple[_Mark, ...] = ()
-        for _, parent in prove_levels(images, self._load, elsewhere=True):
+        for _, parent in prove_levels(images, self._load, elsewhere=self._elsewhere):
             if self._known is not None and parent is not None and self._known.is_of(parent):
                 below = self._known.marks
                 break

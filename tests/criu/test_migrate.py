@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 import incdump
-from incdump import CannotMigrate, DumpOptions, MigrationError, OutcomeUnknown, PrecopyPolicy
+from incdump import CannotMigrate, DumpOptions, ImagesDir, MigrationError, OutcomeUnknown, PrecopyPolicy
+from incdump.images import proved
 from tests import command
 from tests.certificates import Authority
 from tests.command import is_untouched, refused
@@ -24,10 +27,10 @@ from tests.kernel.support import of_forced_tracker
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     from incdump import MigrateResult
+    from incdump.model.precopy import Decision, PrecopyRound
     from tests.criu.arrivals import There
     from tests.criu.criu import RestorableTarget
 
@@ -85,6 +88,36 @@ def test_a_tree_runs_on_over_there(images_root: Path) -> None:
     assert result.final.incremental
     assert report["rounds"] == len(result.rounds) + 1
     assert len(incdump.check(report["images_dir"]).levels) == report["rounds"]
+
+
+@in_own_namespaces
+def test_many_rounds_read_each_pagemap_once_here(images_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the tree runs over there with all its memory, though its chain was proved there round by round."""
+    reads: Counter[str] = Counter()
+    summary = ImagesDir.summary
+
+    def count(self: ImagesDir, kind: Any, number: int) -> object:
+        reads[self.path.name] += 1
+        return summary(self, kind, number)
+
+    def rule(rounds: Sequence[PrecopyRound], policy: PrecopyPolicy, *rest: Any) -> Decision:
+        return replace(incdump.should_stop(rounds, policy, *rest), verdict="stop" if len(rounds) == 15 else "go on")
+
+    monkeypatch.setattr(ImagesDir, "summary", count)
+    monkeypatch.setattr(proved, "_TICK", -3600 * 10**9)  # every level counts as old enough to be remembered
+    with restorable_churn(images_root, seed=60, mib=8) as target, receiving(images_root / "arriving") as there:
+        target.step(50)
+        result = migrate(target, there.port, rule=rule, on_round=lambda *_: target.step(5))
+        runs_there(target, there)
+        report = there.migration()
+        target.quit()
+    assert result.final is not None
+    assert result.final.incremental
+    there_are = {
+        path.name: len(list(path.glob("pagemap-*.img"))) for path in Path(report["images_dir"]).parent.iterdir()
+    }
+    assert reads == {str(number): there_are[str(number)] for number in range(1, 16)}
+    assert len(incdump.check(report["images_dir"]).levels) == report["rounds"] == 16
 
 
 @in_own_namespaces

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from incdump.images.images_dir import Kind
+
 HOUR = 3_600_000_000_000
-KEY = ("pagemap", PID)
+KEY: tuple[Kind, int] = ("pagemap", PID)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def grow(base: Path, chain: ProvedChain, numbers: range) -> None:
     for number in numbers:
         covered = chain.prove(ImagesDir(level(base, number)))
         assert list(covered) == [KEY]
-        assert np.array_equal(covered["pagemap", PID], runs((0, 8)))
+        assert np.array_equal(covered[KEY], runs((0, 8)))
 
 
 @pytest.mark.usefixtures("_settled")
@@ -69,7 +71,7 @@ def test_each_level_is_read_once(tmp_path: Path, reads: Counter[str]) -> None:
     grow(tmp_path, chain, range(30))
     assert reads == {str(number): 1 for number in range(30)}
     assert "29, 30 levels" in repr(chain)
-    assert np.array_equal(chain.prove(ImagesDir(tmp_path / "29"))["pagemap", PID], runs((0, 8)))
+    assert np.array_equal(chain.prove(ImagesDir(tmp_path / "29"))[KEY], runs((0, 8)))
     assert sum(reads.values()) == 30
 
 
@@ -241,3 +243,19 @@ def test_a_level_without_pagemaps_covers_nothing(tmp_path: Path) -> None:
     write_level(tmp_path / "2", 2, {f"pagemap-{PID}": [(0, 2, UP)]}, "../1")
     with pytest.raises(BrokenChain, match="has no pagemap"):
         chain.prove(ImagesDir(tmp_path / "2"))
+
+
+@pytest.mark.usefixtures("_settled")
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_pages_that_were_sent_elsewhere_may_be_missing_only_where_that_was_said(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    chain = ProvedChain(elsewhere=elsewhere)
+    rows = {f"pagemap-{PID}": [(0, 2, P)]}
+    write_level(tmp_path / "0", 0, rows, meta=b'{"page_server": "192.0.2.1 port 1"}')
+    (tmp_path / "0" / "pages-1.img").unlink()
+    if elsewhere:
+        assert np.array_equal(chain.prove(ImagesDir(tmp_path / "0"))[KEY], runs((0, 2)))
+    else:
+        with pytest.raises(BadImage, match="put its images here"):
+            chain.prove(ImagesDir(tmp_path / "0"))
