@@ -38,7 +38,7 @@ from incdump.images.proved import ProvedChain
 from incdump.xfer.control import MIGRATE, VERSION, Control
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from typing import Self
 
     from incdump.criu.program import Criu
@@ -53,6 +53,8 @@ _REMEMBERED = 64
 _UNASKED_SECONDS = 120.0
 """For which the only arrival's outcome can still be asked for, if the source has not heard of it."""
 _PAGES_WAITING = 8
+_CONVERSATIONS = 16
+"""At once: one is a migration's, others may ask what has become of theirs."""
 _LAST_HOOK_SECONDS = 10.0
 """For the hook of a receiver that has been told to end."""
 
@@ -132,6 +134,7 @@ class Receiver:
         )
         self._current: _Arrival | None = None
         self._arrivals: OrderedDict[str, _Arrival] = OrderedDict()
+        self._conversations = 0
         self.was_receiving = False
 
     @property
@@ -200,8 +203,8 @@ class Receiver:
                     client = await clients.receive()
                     if client.error is not None or client.connection is None:
                         client.close()
-                    elif client.first == MIGRATE:
-                        tasks.start_soon(_unless_broken, partial(converse, client))
+                    elif client.first == MIGRATE and self._conversations < _CONVERSATIONS:
+                        tasks.start_soon(self._unless_broken, partial(converse, client))
                     elif self._current is None or not self._current.hand_over(client):
                         client.close()
 
@@ -216,6 +219,15 @@ class Receiver:
         if reports[0].error is not None:
             raise reports[0].error
         return reports[0]
+
+    async def _unless_broken(self, job: Callable[[], Awaitable[None]]) -> None:
+        """What somebody says who then vanishes, or who makes no sense, is nobody's concern."""
+        self._conversations += 1
+        try:
+            with suppress(IncdumpError):
+                await job()
+        finally:
+            self._conversations -= 1
 
     async def _until_known(self) -> None:
         """The source may have to ask what has become of the only tree."""
@@ -257,10 +269,15 @@ class Receiver:
             self._current = None
 
     def _next_path(self) -> Path:
+        """A directory for a migration, made."""
         if self._options.once:
             return self._path
-        numbers = [int(name) for name in os.listdir(self._path) if name.isascii() and name.isdecimal()]
-        return self._path / str(max(numbers, default=0) + 1)
+        while True:
+            numbers = [int(name) for name in os.listdir(self._path) if name.isascii() and name.isdecimal()]
+            path = self._path / str(max(numbers, default=0) + 1)
+            with suppress(FileExistsError):  # another receiver's, by now
+                path.mkdir(mode=0o700)
+                return path
 
     async def _tell_outcome(self, talk: Conversation, said: dict[str, Any]) -> None:
         """A source does not know what has become of its tree: what does not run yet never will."""
@@ -277,12 +294,6 @@ class Receiver:
 def _control(client: Client, timeout: float) -> Control:
     assert client.connection is not None
     return Control(client.connection, f"the source at {client.name}", timeout)
-
-
-async def _unless_broken(job: Callable[[], Any]) -> None:
-    """What somebody says who then vanishes, or who makes no sense, is nobody's concern."""
-    with suppress(IncdumpError):
-        await job()
 
 
 def _unable(error: OSError) -> MigrationError:
