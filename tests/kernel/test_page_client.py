@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import threading
@@ -389,11 +390,20 @@ async def test_a_dump_that_waits_for_its_server_can_be_cancelled(
 def _take_a_little(listener: socket.socket) -> None:
     """CRIU's server, which opens an image, takes a bit of it, and then nothing any more."""
     connection, _ = listener.accept()
-    for answer in (b"\0\0\0\0", b"\0"):
-        connection.recv(24, socket.MSG_WAITALL)
-        connection.sendall(answer)
-    connection.recv(100)
-    time.sleep(600)
+    with connection:
+        for answer in (b"\0\0\0\0", b"\0"):
+            connection.recv(24, socket.MSG_WAITALL)
+            connection.sendall(answer)
+        connection.recv(100)
+        while not _is_gone(connection):
+            time.sleep(0.01)
+
+
+def _is_gone(connection: socket.socket) -> bool:
+    """Whether the other end has gone, though not all that it sent was taken."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 # -- servers of CRIU 4.2 ------------------------------------------------------------------------------------------
