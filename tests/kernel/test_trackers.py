@@ -533,7 +533,8 @@ async def test_swapped_out_pages(odd: Odd, images_root: Path, reader: str) -> No
         odd.do(f"advise {address} 192 {MADV_PAGEOUT}")
         odd.do(f"advise {file} 64 {MADV_PAGEOUT}")
         await chain.predump()
-        assert chain.last.stats.pages_skipped_parent > 128
+        # By soft-dirty, a page table whose noted pages have all been swapped out is believed in nothing.
+        assert chain.last.stats.pages_skipped_parent > (0 if chain.last.tracker == "soft-dirty" else 128)
         odd.do(f"poke {address} 20 3")
         odd.do(f"advise {address} 256 {MADV_PAGEOUT}")
         assert swapped(odd.pid) > 200
