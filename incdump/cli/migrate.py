@@ -19,10 +19,10 @@ from incdump.cli.invocation import (
     verbose_option,
 )
 from incdump.cli.log import Log
+from incdump.cli.loop import Audience, end_fields, show_end
 from incdump.cli.policy import DURATION, freeze_timeout_option, policy_options, take_policy
 from incdump.cli.receive import take_hook
 from incdump.cli.report import Report, report_option
-from incdump.cli.rounds import Rounds, allowed_text, show_freeze
 from incdump.cli.signals import Stopped, run
 from incdump.cli.tls import take_tls, tls_options
 from incdump.model.options import COMPRESSIONS, DumpOptions
@@ -31,8 +31,7 @@ from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.migrate import MigrateResult
-    from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
-    from incdump.model.stats import DumpStats
+    from incdump.model.precopy import PrecopyPolicy
 
 _STEPS = {
     "stopped": "it stands still, and everything is there",
@@ -111,15 +110,14 @@ def command(
         target = check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
         receiver = f"{where[0]} port {where[1]}"
         log.line(f"migration of process {pid} to {receiver}")
-        rounds = Rounds(invocation, policy, f"migration of process {pid} ({target.comm}) to {receiver}")
+        title = f"migration of process {pid} ({target.comm}) to {receiver}"
+        audience = Audience(invocation, log, policy, report, title)
         more: dict[str, Any] = {"criu": criu, "criu_options": criu_options, "hook": take_hook(hook)}
         more |= {"if_unknown": if_unknown, "asking": asking}
         steps: list[str] = []
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
             try:
-                result = run(
-                    lambda: _migrate(invocation, rounds, report, log, pid, where, policy, options, more, steps)
-                )
+                result = run(lambda: _migrate(invocation, audience, log, pid, where, policy, options, more, steps))
             except Stopped as stopped:
                 if "runs" in steps:
                     raise Stopped(stopped.number, f"the process runs at {receiver} already") from None
@@ -129,15 +127,15 @@ def command(
         for warning in result.warnings:
             log.warning(warning)
     if invocation.json:
-        print_json(_fields(result, report))
+        about = {"pid": result.pid, "receiver": result.receiver, "outcome": result.outcome}
+        print_json({"event": "end", **about, **end_fields(result, result.parts, report)})
     else:
         _show(policy, result, report)
 
 
 async def _migrate(
     invocation: Invocation,
-    rounds: Rounds,
-    report: Report | None,
+    audience: Audience,
     log: Log,
     pid: int,
     where: tuple[str, int],
@@ -146,13 +144,11 @@ async def _migrate(
     more: dict[str, Any],
     steps: list[str],
 ) -> MigrateResult:
-    """Call the engine, with those who tell of it."""
-    from incdump.engine.migrate import migrate
+    """Call the engine.
 
-    def on_round(done: PrecopyRound, decision: Decision) -> None:
-        if report is not None:
-            report.round(done, decision)
-        rounds.round(done, decision)
+    :param steps: takes the steps that were told.
+    """
+    from incdump.engine.migrate import migrate
 
     def on_step(step: str) -> None:
         steps.append(step)
@@ -160,63 +156,20 @@ async def _migrate(
         if invocation.json:
             print_json({"event": "step", "step": step})
         else:
-            rounds.step(_STEPS[step])
+            audience.rounds.step(_STEPS[step])
 
-    def progress(step: str, stats: DumpStats) -> None:
-        log.progress(step, stats)
-        rounds.progress(step, stats)
-
-    with rounds.shown():
-        return await migrate(
-            pid,
-            *where,
-            policy=policy,
-            options=options,
-            on_round=on_round,
-            on_written=None if report is None else report.written,
-            on_step=on_step,
-            progress=progress,
-            **more,
-        )
-
-
-def _fields(result: MigrateResult, report: Report | None) -> dict[str, Any]:
-    """The last JSON object."""
-    return {
-        "event": "end",
-        "pid": result.pid,
-        "receiver": result.receiver,
-        "outcome": result.outcome,
-        "rounds": len(result.rounds),
-        "why": "" if result.decision is None else result.decision.why,
-        "downtime": result.downtime,
-        "frozen_at": result.frozen_at,
-        "freeze": [{"part": part.name, "seconds": part.microseconds / 1e6} for part in result.parts],
-        "seconds": result.seconds,
-        "hottest": result.hottest,
-        "warnings": result.warnings,
-        "report": None if report is None else report.path,
-        "final": None if result.final is None else result.final.as_dict(),
-    }
+    address, port = where
+    told = {**audience.callbacks(), "on_step": on_step}
+    with audience.rounds.shown():
+        return await migrate(pid, address, port, policy=policy, options=options, **told, **more)
 
 
 def _show(policy: PrecopyPolicy, result: MigrateResult, report: Report | None) -> None:
     """What came of it, for people."""
-    from incdump.cli.text import Fact, bytes_text, show_facts, time_text
+    from incdump.cli.text import Fact, bytes_text
 
     sent = sum(done.bytes_written for done in result.rounds)
     sent += 0 if result.final is None else result.final.stats.bytes_written
-    facts = [
-        Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else ""),
-        Fact("pages sent", f"{sent >> 12:,}", bytes_text(sent)),
-    ]
-    if result.downtime is not None:
-        facts.append(Fact("downtime", time_text(int(result.downtime * 1e6)), f"of {allowed_text(policy)} allowed"))
-    facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))
-    facts += [Fact("written most", "", text) for text in result.hottest]
-    if report is not None and report.path is not None:
-        facts.append(Fact("report", "", report.path))
     what = "runs" if result.outcome == "runs" else "goes on here, and is stored"
-    show_facts(f"process {result.pid} {what} at {result.receiver}", facts)
-    if result.parts:
-        show_freeze("how the downtime divides", result.parts)
+    title = f"process {result.pid} {what} at {result.receiver}"
+    show_end(title, policy, result, result.parts, report, [Fact("pages sent", f"{sent >> 12:,}", bytes_text(sent))])

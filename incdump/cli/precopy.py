@@ -18,9 +18,9 @@ from incdump.cli.invocation import (
     verbose_option,
 )
 from incdump.cli.log import Log
+from incdump.cli.loop import Audience, end_fields, show_end
 from incdump.cli.policy import freeze_timeout_option, policy_options, take_policy
 from incdump.cli.report import Report, report_option
-from incdump.cli.rounds import Rounds, allowed_text, show_freeze
 from incdump.cli.signals import run
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import FINALS
@@ -30,8 +30,8 @@ from incdump.proc.tree import check_target
 if TYPE_CHECKING:
     from incdump.engine.precopy import PrecopyResult
     from incdump.model.options import Afterwards
-    from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
-    from incdump.model.stats import DumpStats, FreezePart
+    from incdump.model.precopy import PrecopyPolicy
+    from incdump.model.stats import FreezePart
 
 _EXAMPLE = """\b
 Examples:
@@ -93,91 +93,46 @@ def command(
     with Log(invocation.verbosity, None, images_dir) as log:
         target = check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
         log.line(f"pre-copy of process {pid} into {images_dir}")
-        rounds = Rounds(invocation, policy, f"pre-copy of process {pid} ({target.comm}) into {images_dir}")
+        title = f"pre-copy of process {pid} ({target.comm}) into {images_dir}"
+        audience = Audience(invocation, log, policy, report, title)
         with_criu = {"criu": criu, "criu_options": criu_options}
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
-            result = run(lambda: _precopy(rounds, report, log, pid, images_dir, policy, options, with_criu))
+            result = run(lambda: _precopy(audience, pid, images_dir, policy, options, with_criu))
             parts = [] if result.final is None else freeze_parts(result.final)
             if report is not None and result.final is not None:
                 report.last_dump(result.final, result.frozen_at, parts)
         for warning in result.warnings:
             log.warning(warning)
     if invocation.json:
-        print_json(_fields(result, parts, report))
+        print_json({"event": "end", "images_dir": result.images_dir, **end_fields(result, parts, report)})
     else:
         _show(policy, result, parts, report)
 
 
 async def _precopy(
-    rounds: Rounds,
-    report: Report | None,
-    log: Log,
+    audience: Audience,
     pid: int,
     images_dir: str,
     policy: PrecopyPolicy,
     options: DumpOptions,
     with_criu: dict[str, Any],
 ) -> PrecopyResult:
-    """Call the engine, with those who tell of it."""
+    """Call the engine."""
     from incdump.engine.precopy import precopy
 
-    def on_round(done: PrecopyRound, decision: Decision) -> None:
-        if report is not None:
-            report.round(done, decision)
-        rounds.round(done, decision)
-
-    def progress(step: str, stats: DumpStats) -> None:
-        log.progress(step, stats)
-        rounds.progress(step, stats)
-
-    with rounds.shown():
-        return await precopy(
-            pid,
-            images_dir,
-            policy=policy,
-            options=options,
-            on_round=on_round,
-            on_written=None if report is None else report.written,
-            progress=progress,
-            **with_criu,
-        )
-
-
-def _fields(result: PrecopyResult, parts: list[FreezePart], report: Report | None) -> dict[str, Any]:
-    """The last JSON object."""
-    return {
-        "event": "end",
-        "images_dir": result.images_dir,
-        "rounds": len(result.rounds),
-        "why": "" if result.decision is None else result.decision.why,
-        "downtime": result.downtime,
-        "frozen_at": result.frozen_at,
-        "freeze": [{"part": part.name, "seconds": part.microseconds / 1e6} for part in parts],
-        "seconds": result.seconds,
-        "hottest": result.hottest,
-        "warnings": result.warnings,
-        "report": None if report is None else report.path,
-        "final": None if result.final is None else result.final.as_dict(),
-    }
+    with audience.rounds.shown():
+        return await precopy(pid, images_dir, policy=policy, options=options, **audience.callbacks(), **with_criu)
 
 
 def _show(policy: PrecopyPolicy, result: PrecopyResult, parts: list[FreezePart], report: Report | None) -> None:
     """What came of it, for people."""
-    from incdump.cli.text import Fact, show_facts, time_text
+    from incdump.cli.text import Fact
 
-    final = result.final
-    facts = [Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else "")]
-    if final is not None and result.downtime is not None:
-        stats = final.stats
-        facts += [
-            Fact("last dump", policy.final, final.images_dir),
+    own = []
+    if result.final is not None:
+        stats = result.final.stats
+        own = [
+            Fact("last dump", policy.final, result.final.images_dir),
             Fact("pages written", f"{stats.pages_written + stats.shpages_written:,}"),
-            Fact("downtime", time_text(int(result.downtime * 1e6)), f"of {allowed_text(policy)} allowed"),
         ]
-    facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))
-    facts += [Fact("written most", "", text) for text in result.hottest]
-    if report is not None and report.path is not None:
-        facts.append(Fact("report", "", report.path))
-    show_facts(f"pre-copy into {result.images_dir}", facts)
-    if parts:
-        show_freeze("how the downtime divides", parts)
+    show_end(f"pre-copy into {result.images_dir}", policy, result, parts, report, own)
