@@ -39,8 +39,8 @@ from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu
 from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
-from incdump.engine.pipeline import first_cause
 from incdump.engine.sent_image import Sending
+from incdump.engine.tasks import done_before
 from incdump.engine.threads import in_thread
 from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, XferError
 from incdump.freeze.seize import Frozen, FrozenTask
@@ -390,24 +390,13 @@ class _Run:
 
         :raises _CriuEnded: so it was.
         """
-        is_done = False
-
-        async def watch() -> None:
-            while self.is_running:  # noqa: ASYNC110 - no event tells of it
-                await anyio.sleep(_STANDS_POLL)
-            tasks.cancel_scope.cancel()
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watch)
-                await job()
-                is_done = True
-                tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from None
-        if not is_done:
+        if not await done_before(self._until_ended, job):
             self._gate.open(may_pass=False)  # its script waits there still
             raise _CriuEnded(await self.end())
+
+    async def _until_ended(self) -> None:
+        while self.is_running:  # noqa: ASYNC110 - no event tells of it
+            await anyio.sleep(_STANDS_POLL)
 
     async def end(self) -> int:
         """Wait until it has ended, whoever is cancelled meanwhile."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from incdump.engine.pipeline import first_cause
+from incdump.engine.tasks import done_before, first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import ConnectionLost, IncdumpError, ProtocolError
 
@@ -57,19 +57,7 @@ class Conversation:
 
         :raises incdump.errors.IncdumpError: so it was.
         """
-        done: list[T] = []
-
-        async def watch() -> None:
-            await self._lost.wait()
-            tasks.cancel_scope.cancel()
-
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watch)
-                done.append(await job())
-                tasks.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from None
+        done = await done_before(self._lost.wait, job)
         if not done:
             raise self._error
         return done[0]

@@ -29,9 +29,10 @@ from incdump import kerndat
 from incdump.engine.metadata import Metadata, look_ahead
 from incdump.engine.page_server_session import open_session
 from incdump.engine.parent import Parent
-from incdump.engine.pipeline import Pipeline, first_cause
+from incdump.engine.pipeline import Pipeline
 from incdump.engine.process import Means, ProcessDump, Warn
 from incdump.engine.segments import SegmentDump, find_segments
+from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import TargetExited, TrackerLost

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from incdump.engine.pipeline import first_cause
+from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import ConnectionLost, IncdumpError, XferError
 from incdump.xfer.block_server import Joins

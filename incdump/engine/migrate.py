@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 
 from incdump.criu.program import find
-from incdump.engine.checkpoint import CheckpointRun
 from incdump.engine.conversation import conversation
 from incdump.engine.hooks import call_hook
 from incdump.engine.precopy import Loop
@@ -43,7 +42,6 @@ from incdump.errors import (
     ProtocolError,
     XferError,
 )
-from incdump.holder.client import HolderKeeper
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
@@ -56,6 +54,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from incdump.criu.program import Criu
+    from incdump.engine.checkpoint import AtGate, CheckpointRun
     from incdump.engine.conversation import Conversation
     from incdump.model.precopy import Decision, IfUnknown, MappingWrites, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
@@ -215,23 +214,8 @@ class _Loop(Loop):
 
     switch: Callable[[int, CheckpointRun, float], Awaitable[None]]
 
-    async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
-        path, keeper = self._path / str(number), HolderKeeper()
-        at_gate = partial(self.switch, number)
-        try:
-            run = CheckpointRun(
-                self._pid,
-                path,
-                self._parent(number),
-                self._options,
-                keeper,
-                self._note_freezing,
-                at_gate,
-                self._proved,
-            )
-            return await run.with_criu(criu, criu_options, "auto")
-        finally:
-            keeper.close()
+    def _at_gate(self, number: int) -> AtGate:
+        return partial(self.switch, number)
 
 
 class _Source:
@@ -280,13 +264,7 @@ class _Source:
 
         :raises incdump.errors.XferError: there is no receiver.
         """
-        try:
-            connection = connect(*self._where, timeout, self._options.tls)
-        except XferError as error:
-            text = str(error).replace("page server", "receiver")
-            raise XferError(
-                text.partition(";")[0] + "; start one there (incdump receive)", errno=error.errno
-            ) from error
+        connection = connect(*self._where, timeout, self._options.tls, server="receiver")
         control = Control(connection, f"the receiver at {self.receiver}", timeout)
         try:
             connection.sendall(MIGRATE)

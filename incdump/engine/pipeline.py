@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import anyio
 
+from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.runs import page_count
@@ -202,12 +203,3 @@ def _write(items: list[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]) -> N
             owner.write(chunk, buffer)
         except TargetExited:
             owner.exited = True
-
-
-def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The exception that made the graph fail: the first that is not a cancellation's echo."""
-    for error in group.exceptions:
-        if isinstance(error, BaseExceptionGroup):
-            return first_cause(error)
-        return error
-    return group

@@ -23,7 +23,7 @@ import anyio
 
 from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
-from incdump.engine.pipeline import first_cause
+from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
+    from incdump.engine.checkpoint import AtGate
     from incdump.holder.client import Keeper, Lease
     from incdump.model.precopy import MappingWrites, Rule
     from incdump.model.runs import Runs
@@ -306,10 +307,15 @@ class Loop:
             if self._policy.final == "checkpoint":
                 from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
-                return await CheckpointRun(*arguments, proved=self._proved).with_criu(criu, criu_options, "auto")
+                run = CheckpointRun(*arguments, at_gate=self._at_gate(number), proved=self._proved)
+                return await run.with_criu(criu, criu_options, "auto")
             return await DumpRun("dump", *arguments, proved=self._proved).run()
         finally:
             keeper.close()
+
+    def _at_gate(self, number: int) -> AtGate | None:
+        """What is to be done when a last dump of this number is complete, and the tree still stands."""
+        return None
 
     def _note_freezing(self, step: str, stats: DumpStats) -> None:
         """Progress of the last dump."""
