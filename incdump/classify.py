@@ -119,15 +119,18 @@ def classify(
     flags = np.where((of & Rule.LAZY) != 0, np.uint64(PE_PRESENT | PE_LAZY), np.uint64(PE_PRESENT))
     flags[hole] = PE_PARENT
     unwatched = (category & np.uint64(PageIs.WPALLOWED)) == 0
-    written = _written(category, of) if hot is not None else np.zeros(len(lo), bool)
-    deferred = written & member(empty_runs() if hot is None else hot, lo)
-    scanned, holes, left_out = int(size.sum()), int(size[hole].sum()), int(size[deferred].sum())
+    scanned, holes, not_watched = int(size.sum()), int(size[hole].sum()), int(size[unwatched].sum())
+    if hot is None:
+        return Classified(_joined(lo, hi, flags), scanned, holes, scanned - holes, not_watched)
+    written = _written(category, of)
+    deferred = written & member(hot, lo)
+    left_out = int(size[deferred].sum())
     return Classified(
         _joined(lo[~deferred], hi[~deferred], flags[~deferred]),
         scanned,
         holes,
         scanned - holes - left_out,
-        int(size[unwatched].sum()),
+        not_watched,
         left_out,
         canonical(np.stack((lo[written], hi[written]), axis=1)),
     )

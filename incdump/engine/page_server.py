@@ -286,10 +286,18 @@ class PageServer:
 def _last_number(path: Path) -> int:
     """The highest number of a finished session's directory; 0 without one."""
     with suppress(OSError):
-        names = [name for name in os.listdir(path) if name.isascii() and name.isdecimal()]
+        names = numbered(path)
         done = [int(name) for name in names if any((path / name / mark).exists() for mark in FINISHED)]
         return max(done, default=0)
     return 0
+
+
+def numbered(path: Path) -> list[str]:
+    """The names in a directory that are numbers.
+
+    :raises OSError: it cannot be read.
+    """
+    return [name for name in os.listdir(path) if name.isascii() and name.isdecimal()]
 
 
 def _report(client: str, path: Path, received: Received, warning: str | None) -> SessionReport:

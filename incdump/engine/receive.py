@@ -26,10 +26,10 @@ from incdump.criu.program import find
 from incdump.engine.conversation import conversation
 from incdump.engine.hooks import call_hook
 from incdump.engine.listener import Listener
-from incdump.engine.page_server import PageServerOptions, Sessions
-from incdump.engine.pipeline import first_cause
+from incdump.engine.page_server import PageServerOptions, Sessions, numbered
 from incdump.engine.requirements import problems, restore_rate, who
 from incdump.engine.restore import HeldRestore, prove
+from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import CannotMigrate, ImagesDirInUse, ImagesError, IncdumpError, MigrationError, ProtocolError
 from incdump.images.framing import raise_io_error
@@ -203,8 +203,11 @@ class Receiver:
                     client = await clients.receive()
                     if client.error is not None or client.connection is None:
                         client.close()
-                    elif client.first == MIGRATE and self._conversations < _CONVERSATIONS:
-                        tasks.start_soon(self._unless_broken, partial(converse, client))
+                    elif client.first == MIGRATE:
+                        if self._conversations < _CONVERSATIONS:
+                            tasks.start_soon(self._unless_broken, partial(converse, client))
+                        else:
+                            client.close()
                     elif self._current is None or not self._current.hand_over(client):
                         client.close()
 
@@ -273,8 +276,7 @@ class Receiver:
         if self._options.once:
             return self._path
         while True:
-            numbers = [int(name) for name in os.listdir(self._path) if name.isascii() and name.isdecimal()]
-            path = self._path / str(max(numbers, default=0) + 1)
+            path = self._path / str(max(map(int, numbered(self._path)), default=0) + 1)
             with suppress(FileExistsError):  # another receiver's, by now
                 path.mkdir(mode=0o700)
                 return path
@@ -494,9 +496,8 @@ class _Arrival:
 
     def _remove(self) -> None:
         """Nothing is to be left of an arrival that failed. Blocks."""
-        if self._path.name.isdecimal() and not self._options.once:
+        if not self._options.once:
             shutil.rmtree(self._path, ignore_errors=True)
             return
-        for name in os.listdir(self._path):  # it was empty; a round may be there that is in no report yet
-            if name.isascii() and name.isdecimal():
-                shutil.rmtree(self._path / name, ignore_errors=True)
+        for name in numbered(self._path):  # it was empty; a round may be there that is in no report yet
+            shutil.rmtree(self._path / name, ignore_errors=True)

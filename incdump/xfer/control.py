@@ -24,7 +24,6 @@ at the receiver. An end after it leaves the source not knowing, which it cures b
 from __future__ import annotations
 
 import json
-import select
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -121,12 +120,6 @@ class Control:
     def has_more(self) -> bool:
         """Whether a message has begun to come that the socket does not tell of any more: TLS has it already."""
         return not is_plain(self.connection) and bool(self.connection.pending())  # type: ignore[attr-defined]
-
-    def is_readable(self) -> bool:
-        """Whether there is something to be heard, right now."""
-        poll = select.poll()
-        poll.register(self.connection, select.POLLIN)
-        return self.has_more() or bool(poll.poll(0))
 
     def silence(self) -> ConnectionLost:
         """The error for one that is silent."""

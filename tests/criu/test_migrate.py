@@ -27,6 +27,7 @@ from tests.kernel.support import of_forced_tracker
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Sequence
 
     from incdump import MigrateResult
@@ -47,6 +48,12 @@ def migrate(target: RestorableTarget, port: int, **options: Any) -> MigrateResul
     options["options"] = of_forced_tracker(options.get("options", DumpOptions(page_server_timeout=SILENCE)))
     call = partial(incdump.migrate, target.pid, "127.0.0.1", port, criu=str(criu_path()), **options)
     return anyio.run(call, backend_options={"use_uvloop": True})
+
+
+def start_migrating(target: RestorableTarget, there: There) -> subprocess.Popen[bytes]:
+    """By the command, which tells of its steps."""
+    options = ("--downtime", "5s", "--json", "--criu", criu_path())
+    return command.start("migrate", "-t", target.pid, f"127.0.0.1:{there.port}", *options)
 
 
 def runs_here(target: RestorableTarget, there: There) -> None:
@@ -440,10 +447,7 @@ def test_a_source_that_is_killed_leaves_the_tree_here(images_root: Path) -> None
             receiving(images_root / f"arriving-{where}", "--hook", "sleep 0.3") as there,
         ):
             target.step(20)
-            source = command.start(
-                *("migrate", "-t", target.pid, f"127.0.0.1:{there.port}", "--json", "--criu", criu_path()),
-                *("--downtime", "5s"),
-            )
+            source = start_migrating(target, there)
             command.read_until(
                 source.stdout, b'"event": "round"' if where == "round" else b'"step": "%s"' % where.encode()
             )
@@ -461,10 +465,7 @@ def test_a_source_that_is_interrupted_leaves_the_tree_here(images_root: Path) ->
         receiving(images_root / "arriving", "--hook", "sleep 0.2") as there,
     ):
         for step in (b'"event": "round"', b'"step": "restore"'):
-            source = command.start(
-                *("migrate", "-t", target.pid, f"127.0.0.1:{there.port}", "--json", "--criu", criu_path()),
-                *("--downtime", "5s"),
-            )
+            source = start_migrating(target, there)
             command.read_until(source.stdout, step)
             source.send_signal(signal.SIGINT)
             assert command.wait(source).code == 130
