@@ -32,7 +32,7 @@ _ALL_PAGES = 1 << 52
 _FEW_PAGES = 64 << 20 >> PAGE_SHIFT  # are scanned before it is worth beginning to write
 _WORTH_TWO_THREADS = 32 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
-_WORTH_A_CALL = 32 << 20 >> PAGE_SHIFT
+_WORTH_A_CALL = 64 << 20 >> PAGE_SHIFT
 
 
 def _check_there(pagemap_fd: int, address: int) -> None:
