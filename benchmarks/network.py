@@ -4,6 +4,9 @@ and between two incdumps in CRIU's protocol as well as in incdump's own.
 What is timed is the whole of ``criu dump --leave-running``, and of `incdump.dump`, until the server has said that it
 has everything. The servers are processes of their own, which listen before the time begins.
 
+What the machine allows is shown by the bare copy loop (`benchmarks.bare_copy`): the same memory, copied by two
+processes that do nothing else, over one connection and over two.
+
 Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
 """
 
@@ -11,17 +14,23 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
+import numpy as np
 import pytest
 
 import incdump
-from benchmarks.bench import NotHere
+from benchmarks import bare_copy
+from benchmarks.bench import MIB, NotHere
 from benchmarks.report import Report, alternate
+from incdump._uapi.memory import process_vm_readv
+from incdump.proc.maps import read_vmas
 from tests.command import read_until, start, wait
 from tests.criu.criu import RestorableTarget, criu_path, dump, page_server
 from tests.targets.build import build
@@ -35,6 +44,7 @@ if TYPE_CHECKING:
 
 FASTER_SERVER = 1.5
 FASTER_BOTH = 2.2
+BARE_CONNECTIONS = (1, 2)
 
 
 def run(bench: Bench) -> Iterator[Report]:
@@ -56,20 +66,23 @@ def run(bench: Bench) -> Iterator[Report]:
                     _remove(path)
             return seconds
 
-        contestants = {
+        contestants: dict[str, Callable[[], float]] = {
             "criu to criu": lambda: contestant(page_server, _criu),
             "criu to incdump": lambda: contestant(_incdump_server, _criu),
             "incdump to criu": lambda: contestant(page_server, _incdump),
             "incdump to incdump": lambda: contestant(_incdump_server, _incdump),
             "the same, CRIU's protocol": lambda: contestant(_incdump_server, partial(_incdump, protocol="criu")),
+            **{f"bare loop, {n}": partial(_bare_loop, bench, target.pid, n) for n in BARE_CONNECTIONS},
         }
         figures = alternate(contestants, bench.rounds)
     finally:
         target.close()
     report = Report("network", f"a dump of {bench.mib:,} MiB to a page server on loopback", figures=figures)
     report.compare("criu to criu", "criu to incdump", limit=FASTER_SERVER, above=True)
+    report.compare("criu to criu", "the same, CRIU's protocol", limit=FASTER_SERVER, above=True)
     report.compare("criu to criu", "incdump to incdump", limit=FASTER_BOTH, above=True)
-    report.compare("criu to criu", "the same, CRIU's protocol")
+    for n in BARE_CONNECTIONS:
+        report.compare("criu to criu", f"bare loop, {n}")
     yield report
 
 
@@ -107,3 +120,26 @@ def _incdump(bench: Bench, pid: int, port: int, protocol: ProtocolName = "auto")
         return await incdump.dump(pid, images, options=options)
 
     return anyio.run(job).stats.total_time / 1e6
+
+
+def _bare_loop(bench: Bench, pid: int, connections: int) -> float:
+    """Copy a process's biggest mapping; returns the seconds that it took."""
+    path = bench.new_dir()
+    program = [sys.executable, bare_copy.__file__, str(path), str(MIB), str(connections)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline())
+        spans = read_vmas(pid, flags=False).spans()
+        start, end = spans[(spans[:, 1] - spans[:, 0]).argmax()].tolist()
+
+        def read(buffer: memoryview, offset: int) -> None:
+            remote = np.array([[start + offset, len(buffer)]], np.uint64)
+            process_vm_readv(pid, np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer), remote)
+
+        began = time.perf_counter()
+        bare_copy.send(read, (end - start) // MIB * MIB, port, MIB, connections)
+        seconds = time.perf_counter() - began
+    if path.stat().st_size < end - start - MIB:
+        raise RuntimeError(f"the bare loop copied {path.stat().st_size} bytes")
+    path.unlink()
+    return seconds

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 from incdump.engine.listener import Listener
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, ProtocolError
+from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
+from incdump.xfer import compression
 from incdump.xfer.block_server import BlockSession
 from incdump.xfer.blocks import OFFER
 from incdump.xfer.page_server import Session
@@ -115,6 +117,8 @@ class Sessions:
         self._parent = parent
         self._joins = joins
         self._token = token
+        messages.load()  # a client with a frozen tree would wait for these imports
+        compression.available()
         self._done = 0  # sessions that have their directory, those of earlier runs included
         self.was_serving = False
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     MessageT = TypeVar("MessageT", bound=Message)
 
 
+def load() -> None:
+    """Import protobuf and the modules generated for it now: for somebody who is going to be waited for later."""
+    from incdump.images._pb import inventory_pb2  # noqa: F401
+
+
 def parse(message: type[MessageT], record: bytes | memoryview, path: str | os.PathLike[str]) -> MessageT:
     """Parse one record.
 
