@@ -57,6 +57,10 @@ class Host:
         """Have its end of the link ``"up"`` or ``"down"``."""
         _call("ip", "-n", self.name, "link", "set", self.name, state)
 
+    def limit(self, rate: str) -> None:
+        """Let no more leave it, as tc(8) has it: ``"8mbit"``."""
+        _call("tc", "-n", self.name, "qdisc", "change", "dev", self.name, "root", *_bandwidth(rate))
+
     def takes_connections(self, port: int) -> bool:
         """Whether it can be reached from where this thread is."""
         with suppress(OSError), socket.create_connection((self.address, port), 1):
@@ -120,8 +124,7 @@ def joined_hosts() -> Iterator[tuple[Host, Host]]:
                 _call("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", host.name)
                 _call("ip", "-n", host.name, "link", "set", "lo", "up")
                 host.link("up")
-                limit = ("tbf", "rate", RATE, "burst", BURST, "latency", LATENCY)
-                _call("tc", "-n", host.name, "qdisc", "add", "dev", host.name, "root", *limit)
+                _call("tc", "-n", host.name, "qdisc", "add", "dev", host.name, "root", *_bandwidth(RATE))
         except subprocess.CalledProcessError as error:
             pytest.skip(f"needs two networks and a link: {' '.join(error.cmd)}: {error.stderr.strip()}")
         yield near, far
@@ -137,6 +140,10 @@ def page_server(host: Host, *options: object) -> Iterator[int]:
     finally:
         server.kill()
         server.communicate()
+
+
+def _bandwidth(rate: str) -> tuple[str, ...]:
+    return ("tbf", "rate", rate, "burst", BURST, "latency", LATENCY)
 
 
 def _call(*command: str) -> None:

@@ -8,6 +8,7 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import random
     from types import TracebackType
     from typing import Self
 
@@ -100,3 +101,18 @@ class PageClient:
 def noise(pages: int) -> bytes:
     """Pages that are like no others."""
     return os.urandom(pages * PAGE)
+
+
+def damage(stream: bytearray, dice: random.Random) -> None:
+    """Have something in a recorded stream be other than a client says it, wherever that is."""
+    at = dice.randrange(len(stream))
+    match dice.randrange(4):
+        case 0:
+            stream[at] ^= 1 << dice.randrange(8)
+        case 1:
+            del stream[at : at + dice.randint(1, 64)]
+        case 2:
+            stream[at:at] = stream[: dice.randint(1, 64)]
+        case 3:
+            small = dice.randrange(min(64, len(stream)))
+            stream[small] = dice.randrange(256)

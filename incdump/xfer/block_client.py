@@ -40,7 +40,8 @@ from incdump.xfer.blocks import (
     decode_terms,
     encode_terms,
 )
-from incdump.xfer.sockets import SILENT, hang_up, is_plain, shut_down
+from incdump.xfer.compression import CodingChoice
+from incdump.xfer.sockets import SILENT, hang_up, is_plain, patiently, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,57 +58,6 @@ ZEROS = 8
 REASON_SECONDS = 1.0
 """For which a channel that broke waits for the server's reason, on the first one."""
 _WORDS = PAGE_SIZE // 8
-
-
-class CodingChoice:
-    """Which coding a channel uses: the one by which its blocks got through quicker, tried again now and then.
-
-    What is measured is the time from wanting a buffer to having sent it, which includes the wait for the server's
-    answers; so the first few chunks after a change tell of the coding before.
-    """
-
-    EPOCH, SETTLE, KEEP = 16, BUFFERS + 2, 12
-    WORTH_TRYING = 0.9
-
-    def __init__(self, name: CompressionName, *, agreed: bool) -> None:
-        self.coding = Coding.LZ4 if name == "lz4" and agreed else Coding.RAW
-        self._fixed = name != "auto" or not agreed
-        self._count = self._keep = 0
-        self._bytes = 0
-        self._seconds = 0.0
-        self._cost: dict[Coding, float] = {}
-
-    def note(self, nbytes: int, sent: int, seconds: float) -> None:
-        """A chunk was sent.
-
-        :param nbytes: its bytes, of which `sent` went over the network.
-        """
-        if self._fixed:
-            return
-        if self.coding is Coding.LZ4 and sent > nbytes * self.WORTH_TRYING:
-            self._turn(Coding.RAW, self.KEEP)  # what does not compress is not sent quicker for it
-            return
-        self._count += 1
-        if self._count > self.SETTLE:
-            self._bytes += nbytes
-            self._seconds += seconds
-        if self._count == self.EPOCH:
-            self._cost[self.coding] = self._seconds / self._bytes
-            self._decide()
-
-    def _decide(self) -> None:
-        other = Coding.RAW if self.coding is Coding.LZ4 else Coding.LZ4
-        if self._keep > 0 and self._cost.get(other, np.inf) >= self._cost[self.coding]:
-            self._turn(self.coding, self._keep - 1)
-        elif other not in self._cost or self._keep == 0:
-            self._turn(other, -1)  # to try it
-        else:
-            self._turn(min(self._cost, key=lambda coding: self._cost[coding]), self.KEEP)
-
-    def _turn(self, coding: Coding, keep: int) -> None:
-        self.coding, self._keep = coding, keep
-        self._count = self._bytes = 0
-        self._seconds = 0.0
 
 
 class _Buffer:
@@ -198,7 +148,9 @@ class Channel:
             return
         try:
             while start < end:
-                start += os.sendfile(self.connection.fileno(), buffer.fd, start, end - start)
+                start += patiently(
+                    self.connection, os.sendfile, self.connection.fileno(), buffer.fd, start, end - start
+                )
         except SILENT:
             raise self._nothing_taken() from None
         except OSError as error:
@@ -212,8 +164,10 @@ class Channel:
 
         :raises ConnectionLost: the server has gone, or takes nothing.
         """
+        left = memoryview(data)
         try:
-            self.connection.sendall(data, flags)
+            while left:
+                left = left[patiently(self.connection, self.connection.send, left, flags) :]
         except SILENT:
             raise self._nothing_taken() from None
         except OSError as error:
@@ -268,7 +222,7 @@ class Channel:
         :raises ConnectionLost: the server has gone, or is silent.
         """
         try:
-            data = self.connection.recv(most)
+            data = patiently(self.connection, self.connection.recv, most)
         except SILENT:
             raise ConnectionLost(f"the page server at {self._server} did not answer for {self._timeout:g} s") from None
         except OSError as error:
@@ -326,7 +280,7 @@ class BlockClient:
         """
         self.server = server
         self._condition = threading.Condition()
-        self._channels = [Channel(connection, server, timeout, CodingChoice("off", agreed=False))]
+        self._channels = [Channel(connection, server, timeout, CodingChoice("off", BUFFERS, agreed=False))]
         try:
             terms = self._agree(channels, parent, compress, migration)
             self.stands_on_parent = terms.get("parent") is True
@@ -335,10 +289,10 @@ class BlockClient:
                 raise XferError("compression by lz4 is not installed at both ends: pip install 'incdump[lz4]' there")
             token = bytes.fromhex(str(terms.get("token", "")))
             for _ in range(min(int(terms["channels"]), channels) - 1):
-                other = Channel(open_another(), server, timeout, CodingChoice(compress, agreed=agreed))
+                other = Channel(open_another(), server, timeout, CodingChoice(compress, BUFFERS, agreed=agreed))
                 self._channels.append(other)
                 other.send_all(JOIN + token)
-            self._channels[0].choice = CodingChoice(compress, agreed=agreed)
+            self._channels[0].choice = CodingChoice(compress, BUFFERS, agreed=agreed)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             self.close()
             raise ProtocolError(f"the page server at {server} offers terms that make no sense") from error

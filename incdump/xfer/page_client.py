@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,12 @@ from incdump.errors import ConnectionLost, XferError
 from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
 from incdump.xfer.blocks import OFFER_MESSAGE, SPEAKS
-from incdump.xfer.sockets import SILENT, connect, hang_up, is_plain, limit_calls
+from incdump.xfer.sockets import SILENT, connect, hang_up, is_plain, limit_calls, patiently
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -135,7 +136,7 @@ class PageClient:
         self._send([memoryview(encode(message, Layout.SHORT))])
         limit_calls(self._socket, self._patience)
         try:
-            answer = self._receive(size)
+            answer = self._receive(size, self._socket.recv)
             self._layout = Layout.SHORT
         except _Silence:
             self._send([memoryview(late_end(message))])
@@ -146,11 +147,12 @@ class PageClient:
             limit_calls(self._socket, self._timeout)
         return int.from_bytes(answer, "little", signed=True)
 
-    def _receive(self, size: int) -> bytes:
+    def _receive(self, size: int, receive: Callable[[int], bytes] | None = None) -> bytes:
+        receive = receive or partial(patiently, self._socket, self._socket.recv)
         data = b""
         while len(data) < size:
             try:
-                more = self._socket.recv(size - len(data))
+                more = receive(size - len(data))
             except SILENT:
                 raise _Silence(f"the page server at {self.server} did not answer for {self._timeout:g} s") from None
             except OSError as error:
@@ -163,7 +165,10 @@ class PageClient:
     def _send(self, parts: list[memoryview]) -> None:
         while parts:
             try:
-                sent = self._socket.sendmsg(parts) if is_plain(self._socket) else self._socket.send(parts[0])
+                if is_plain(self._socket):
+                    sent = patiently(self._socket, self._socket.sendmsg, parts)
+                else:
+                    sent = patiently(self._socket, self._socket.send, parts[0])
             except SILENT:
                 raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
             except OSError as error:

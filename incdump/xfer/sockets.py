@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from incdump.errors import ConnectionLost, XferError
 
@@ -17,6 +17,9 @@ Wrap: TypeAlias = Callable[[socket.socket], socket.socket]
 """Makes a connection an encrypted one."""
 SILENT = (BlockingIOError, TimeoutError)
 """What a call on a connection fails with when its time is over."""
+_Result = TypeVar("_Result")
+_BYTES_ACKED = struct.Struct("=120xQ")
+"""tcpi_bytes_acked in struct tcp_info (include/uapi/linux/tcp.h, Linux 4.1)."""
 _CONNECT_TIMEOUT = 10.0
 _PROGRAMS = {"page server": "incdump page-server, criu page-server", "receiver": "incdump receive"}
 _LONGEST = 1e8
@@ -75,6 +78,33 @@ def limit_calls(connection: socket.socket, seconds: float | None) -> None:
     if connection.family in (socket.AF_INET, socket.AF_INET6):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def patiently(connection: socket.socket, call: Callable[..., _Result], *arguments: object) -> _Result:
+    """Make a system call on a connection, again and again while its time runs out but the other end takes what was
+    sent before: over a slow link that can take long, and is no silence.
+
+    :param call: waits for no longer than `limit_calls` lets it; one that sends says how much it took.
+    :raises BlockingIOError: in all of its time the other end has taken nothing (or TimeoutError; see `SILENT`).
+    """
+    taken = _taken(connection)
+    while True:
+        try:
+            return call(*arguments)
+        except SILENT:
+            before, taken = taken, _taken(connection)
+            if taken <= before:
+                raise
+
+
+def _taken(connection: socket.socket) -> int:
+    """How many bytes the other end has acknowledged; 0 if that cannot be told."""
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.size)
+        (taken,) = _BYTES_ACKED.unpack(info)
+    except (OSError, struct.error):
+        return 0
+    return int(taken)
 
 
 def is_plain(connection: socket.socket) -> bool:

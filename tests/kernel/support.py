@@ -135,8 +135,8 @@ class Chain:
         """A dump."""
         return await self.round("dump", options, parent)
 
-    async def prove(self, options: DumpOptions | None = None, *, check: bool = True) -> oracle.Report:
-        """A last dump, compared page by page with the tree as it stands; then the tree goes on and checks itself.
+    async def dump_stopped(self, options: DumpOptions | None = None) -> dict[int, int]:
+        """A dump that leaves the tree stopped; returns its pids, as `oracle.compare` wants them.
 
         A thread in vfork(2) does not stop, it hangs on its child: then the tree goes on a bit, and is dumped once more.
         """
@@ -144,8 +144,12 @@ class Chain:
             await self.dump(replace(options or self.options, afterwards="stopped"))
             pids = oracle.tree(self.target.pid)
             if not any("D" in oracle.states(pid) for pid in pids.values()):
-                break
+                return pids
             carry_on(pids.values())
+
+    async def prove(self, options: DumpOptions | None = None, *, check: bool = True) -> oracle.Report:
+        """A last dump, compared page by page with the tree as it stands; then the tree goes on and checks itself."""
+        pids = await self.dump_stopped(options)
         try:
             report = oracle.compare(self.last.images_dir, pids)
             incdump.check(self.last.images_dir)

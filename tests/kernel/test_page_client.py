@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import anyio
@@ -102,8 +101,7 @@ def to(
 
 async def prove(chain: Chain, served: Served, options: DumpOptions) -> oracle.Report:
     """A last dump to the server, compared with the tree as it stands; then the tree goes on and checks itself."""
-    await chain.dump(replace(options, afterwards="stopped"))
-    pids = oracle.tree(chain.target.pid)
+    pids = await chain.dump_stopped(options)
     try:
         report = oracle.compare(served.newest, pids, finished=False)
         incdump.check(served.newest)

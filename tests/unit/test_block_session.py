@@ -35,7 +35,7 @@ from incdump.xfer.blocks import JOIN, OFFER, Header, Op
 from incdump.xfer.received import MOST_RUNS, Received
 from incdump.xfer.sockets import limit_calls
 from incdump.xfer.stored import StoredImages
-from tests.page_client import IN_PARENT, PAGE, PRESENT, noise
+from tests.page_client import IN_PARENT, PAGE, PRESENT, damage, noise
 from tests.unit.images_kit import BASE, PID, write_level
 
 if TYPE_CHECKING:
@@ -1195,7 +1195,7 @@ def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
         server = Server(path, "../parent", timeout=0.05)
         first, second = _any_session(dice)
         for _ in range(dice.randint(0, 3)):
-            _damage(dice.choice((first, second)), dice)
+            damage(dice.choice((first, second)), dice)
         # On a busy machine the server may find this client silent at any moment.
         with suppress(OSError, struct.error), Client(server, channels=2, parent="abc") as client:
             client.channels[0].settimeout(0.5)
@@ -1230,17 +1230,3 @@ def _any_session(dice: random.Random) -> tuple[bytearray, bytearray]:
         sent[0].append(file("inventory.img", INVENTORY))
     sent[0].append(END)
     return bytearray(b"".join(sent[0])), bytearray(b"".join(sent[1]))
-
-
-def _damage(stream: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(stream))
-    match dice.randrange(4):
-        case 0:
-            stream[at] ^= 1 << dice.randrange(8)
-        case 1:
-            del stream[at : at + dice.randint(1, 64)]
-        case 2:
-            stream[at:at] = stream[: dice.randint(1, 64)]
-        case 3:
-            small = dice.randrange(min(64, len(stream)))
-            stream[small] = dice.randrange(256)

@@ -35,6 +35,7 @@ from tests.page_client import (
     PRESENT,
     SHORT,
     PageClient,
+    damage,
     header,
     noise,
     process,
@@ -477,7 +478,7 @@ def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
             vaddr += pages * PAGE
         stream = bytearray(b"".join([*parts, header(layout, FORCE_CLOSE)]))
         for _ in range(dice.randint(0, 3)):
-            _damage(stream, dice)
+            damage(stream, dice)
         path = tmp_path / str(number)
         server = Server(path, "../parent", timeout=0.05)
         with suppress(OSError):
@@ -491,17 +492,3 @@ def test_any_damage_to_a_session_is_noticed_or_harmless(tmp_path: Path) -> None:
             complete += 1
             assert len(incdump.check(path).levels) == 2
     assert complete > 20
-
-
-def _damage(stream: bytearray, dice: random.Random) -> None:
-    at = dice.randrange(len(stream))
-    match dice.randrange(4):
-        case 0:
-            stream[at] ^= 1 << dice.randrange(8)
-        case 1:
-            del stream[at : at + dice.randint(1, 64)]
-        case 2:
-            stream[at:at] = stream[: dice.randint(1, 64)]
-        case 3:
-            small = dice.randrange(min(64, len(stream)))
-            stream[small] = dice.randrange(256)
