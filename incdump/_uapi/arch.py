@@ -86,6 +86,8 @@ class Arch:
     sys_process_vm_readv: int
     sys_kcmp: int
     sys_seccomp: int
+    sys_bpf: int
+    sys_fcntl: int
     sys_userfaultfd: int
     sys_pidfd_open: int = 434
     sys_pidfd_getfd: int = 438
@@ -203,6 +205,8 @@ _X86_64 = Arch(
     sys_process_vm_readv=310,
     sys_kcmp=312,
     sys_seccomp=317,
+    sys_bpf=321,
+    sys_fcntl=72,
     sys_userfaultfd=323,
     waits_with_eintr={
         65: (0, "none"),  # semop
@@ -247,6 +251,8 @@ _AARCH64 = Arch(
     sys_process_vm_readv=270,
     sys_kcmp=272,
     sys_seccomp=277,
+    sys_bpf=280,
+    sys_fcntl=25,
     sys_userfaultfd=282,
     waits_with_eintr={
         4: (4, "pointer"),  # io_getevents

@@ -12,13 +12,17 @@ import ctypes
 from incdump._uapi.libc import libc, raise_errno
 
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
-MADV_DONTNEED = 4
-MADV_NOHUGEPAGE = 15
+PROT_EXEC = 4
+MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS = 1, 2, 0x20
+MAP_DROPPABLE = 8
+"""In place of MAP_PRIVATE (Linux 6.11)."""
+MAP_GROWSDOWN, MAP_NORESERVE, MAP_HUGETLB = 0x100, 0x4000, 0x40000
+MADV_RANDOM, MADV_SEQUENTIAL, MADV_DONTNEED = 1, 2, 4
+MADV_DONTFORK, MADV_MERGEABLE, MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP = 10, 12, 14, 15, 16
+MADV_WIPEONFORK = 18
 MADV_GUARD_INSTALL = 102
 """Linux 6.13."""
 
-_MAP_PRIVATE_ANONYMOUS = 0x22
-_MAP_DROPPABLE_ANONYMOUS = 0x28  # Linux 6.11
 _MREMAP_MAYMOVE_FIXED = 3
 _MREMAP_DONTUNMAP = 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -35,6 +39,8 @@ _mprotect = libc.mprotect
 _mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _madvise = libc.madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_mlock = libc.mlock
+_mlock.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 def map_anonymous(length: int, prot: int = PROT_READ | PROT_WRITE, *, droppable: bool = False) -> int:
@@ -45,7 +51,15 @@ def map_anonymous(length: int, prot: int = PROT_READ | PROT_WRITE, *, droppable:
     :returns: its address.
     :raises OSError: EINVAL, EOPNOTSUPP: the kernel has no droppable memory.
     """
-    flags = _MAP_DROPPABLE_ANONYMOUS if droppable else _MAP_PRIVATE_ANONYMOUS
+    return map_pages(length, prot, MAP_ANONYMOUS | (MAP_DROPPABLE if droppable else MAP_PRIVATE))
+
+
+def map_pages(length: int, prot: int, flags: int) -> int:
+    """Map memory, with these flags of mmap(2).
+
+    :returns: its address.
+    :raises OSError: there is no such memory here.
+    """
     address = _mmap(None, length, prot, flags, -1, 0)
     if address == _MAP_FAILED:
         raise_errno()
@@ -70,6 +84,15 @@ def advise(address: int, length: int, advice: int) -> None:
     :raises OSError: EINVAL: the kernel does not know the advice, or it does not fit the mapping.
     """
     if _madvise(address, length, advice):
+        raise_errno()
+
+
+def lock(address: int, length: int) -> None:
+    """Call mlock(2), which also makes the pages be there.
+
+    :raises OSError: ENOMEM, EPERM: more than may be locked (RLIMIT_MEMLOCK).
+    """
+    if _mlock(address, length):
         raise_errno()
 
 

@@ -16,9 +16,12 @@ from incdump._uapi.libc import ioctl
 _RECV = 0xC0502100
 _SEND = 0xC0182101
 _ID_VALID = 0x40082102
+_ADDFD = 0x40182103
+_ADDFD_FLAG_SETFD = 1
 _CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE: make the call after all
 _NOTIF = struct.Struct("=QIIiIQ6Q")
 _ANSWER = struct.Struct("=QqiI")
+_ADDED = struct.Struct("=QIIII")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,13 @@ class Notification:
 
     :ivar id: of the notification.
     :ivar pid: the thread that makes it, in the listener's pid namespace.
+    :ivar call: the call's number.
     :ivar arguments: its six arguments.
     """
 
     id: int
     pid: int
+    call: int
     arguments: tuple[int, ...]
 
 
@@ -47,8 +52,8 @@ def receive(listener: int) -> Notification | None:
         if error.errno in (errno.ENOENT, errno.EINTR):
             return None
         raise
-    number, pid, _flags, _call, _arch, _ip, *arguments = _NOTIF.unpack(buffer.raw)
-    return Notification(number, pid, tuple(arguments))
+    number, pid, _flags, call, _arch, _ip, *arguments = _NOTIF.unpack(buffer.raw)
+    return Notification(number, pid, call, tuple(arguments))
 
 
 def is_waiting(listener: int, notification: Notification) -> bool:
@@ -69,6 +74,17 @@ def answer(listener: int, notification: Notification, result: int = 0) -> None:
 def let_through(listener: int, notification: Notification) -> None:
     """Have the kernel make the call."""
     _send(listener, _ANSWER.pack(notification.id, 0, 0, _CONTINUE))
+
+
+def replace_fd(listener: int, notification: Notification, fd: int, theirs: int) -> None:
+    """Put a descriptor of this process in the place of one of the caller's, which is closed; the caller still waits.
+
+    :param theirs: the caller's.
+    :raises OSError: EINVAL: not in this kernel (Linux 5.9). ENOENT: the caller is gone.
+    """
+    data = _ADDED.pack(notification.id, _ADDFD_FLAG_SETFD, fd, theirs, 0)
+    buffer = ctypes.create_string_buffer(data, len(data))
+    ioctl(listener, _ADDFD, ctypes.addressof(buffer))
 
 
 def _send(listener: int, data: bytes) -> None:

@@ -12,6 +12,7 @@ up and lets the tree run on.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
@@ -21,6 +22,7 @@ import struct
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from incdump._uapi import seccomp
@@ -38,25 +40,39 @@ _WALK_END, _ANYOF, _MASK = 4, 10, 9
 _EVERYTHING = struct.pack("=Q", ARCH.task_size)
 _PAGEMAP = re.compile(r"/(\d+)/(?:task/\d+/)?pagemap$")
 _POPULATED = int(PageIs.PRESENT | PageIs.SWAPPED)
+_MAP_FILES = re.compile(r"(.*/(\d+)/)map_files$")
+_LAST_KNOWN = (4, 2)
+"""Later versions may use other lines of smaps."""
 
 
 class LeashedCriu:
     """A CRIU that is running, its scans being answered by a thread of its own.
 
     :param command: the program and its arguments.
+    :param mappings: what smaps would tell of a process's mappings; raises OSError in doubt. None: it reads smaps.
     :param on_scan: called in that thread at the first scan of another process's memory.
     :param on_end: called there when nothing of CRIU runs any more.
     :ivar scanned: whether it has scanned another process's memory.
+    :ivar told: the processes of which it was told the mappings.
     :raises incdump.errors.LeashUnusable: there is no user notification to be had for it.
     """
 
-    def __init__(self, command: Sequence[str], on_scan: Callable[[], None], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        mappings: Callable[[int], bytes] | None,
+        on_scan: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._mappings = mappings
         self._on_scan = on_scan
         self._on_end = on_end
         self.scanned = False
+        self.told: set[int] = set()
+        calls = [(ARCH.sys_ioctl, PAGEMAP_SCAN)] + ([] if mappings is None else [(ARCH.sys_fcntl, fcntl.F_SETFD)])
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            numbers = (theirs.fileno(), ARCH.sys_seccomp, ARCH.sys_ioctl, PAGEMAP_SCAN)
+            numbers = (theirs.fileno(), ARCH.sys_seccomp, ",".join(f"{call}:{argument}" for call, argument in calls))
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", leashed.__file__, *map(str, numbers), *command],
                 stdin=subprocess.DEVNULL,
@@ -120,6 +136,11 @@ class LeashedCriu:
             self._on_end()
 
     def _answer(self, notification: seccomp.Notification) -> None:
+        if notification.call == ARCH.sys_fcntl:
+            with suppress(OSError):  # it reads smaps, then, if it is not being killed
+                self._tell_mappings(notification)
+            seccomp.let_through(self._listener, notification)
+            return
         try:
             is_ours = self._is_left_to_us(notification)
         except OSError:  # it is being killed
@@ -136,6 +157,22 @@ class LeashedCriu:
             os.pwrite(memory.fileno(), _EVERYTHING, notification.arguments[2] + 8 * _WALK_END)
         seccomp.answer(self._listener, notification, 0)
 
+    def _tell_mappings(self, notification: seccomp.Notification) -> None:
+        """If it is about to read smaps of a process, put a short text in its place."""
+        crius = f"/proc/{notification.pid}"
+        found = _MAP_FILES.fullmatch(os.readlink(f"{crius}/fd/{notification.arguments[0]}"))
+        if found is None or self._mappings is None or (pid := int(found[2])) in (notification.pid, self._process.pid):
+            return
+        smaps = [fd for fd in os.listdir(f"{crius}/fd") if os.readlink(f"{crius}/fd/{fd}") == f"{found[1]}smaps"]
+        if len(smaps) != 1 or not _is_at_its_begin(f"{crius}/fdinfo/{smaps[0]}"):
+            return
+        text = self._mappings(pid)
+        memory = os.memfd_create("incdump-mappings", os.MFD_CLOEXEC)
+        with open(memory, "wb", buffering=0) as file:
+            if os.pwrite(memory, text, 0) == len(text):
+                seccomp.replace_fd(self._listener, notification, file.fileno(), int(smaps[0]))
+                self.told.add(pid)
+
     def _is_left_to_us(self, notification: seccomp.Notification) -> bool:
         """Whether a scan looks for pages of another process."""
         pid, (fd, _, address, *_) = notification.pid, notification.arguments
@@ -145,3 +182,13 @@ class LeashedCriu:
         with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
             argument = _SCAN_ARGUMENT.unpack(os.pread(memory.fileno(), _SCAN_ARGUMENT.size, address))
         return bool((argument[_ANYOF] | argument[_MASK]) & _POPULATED)
+
+
+def _is_at_its_begin(path: str) -> bool:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(64).split(b"\n", 1)[0] == b"pos:\t0"
+
+
+def uses_short_smaps(version: tuple[int, ...]) -> bool:
+    """Whether a CRIU is known to do with the short text that `LeashedCriu` may give it."""
+    return version[:2] <= _LAST_KNOWN

@@ -1,10 +1,10 @@
 """Becomes another program, some of whose system calls are answered by who started it.
 
-    python -I -S leashed.py SOCKET NUMBER_OF_SECCOMP NUMBER_OF_IOCTL REQUEST PROGRAM [ARGUMENT...]
+    python -I -S leashed.py SOCKET NUMBER_OF_SECCOMP CALL:SECOND[,...] PROGRAM [ARGUMENT...]
 
-Installs a seccomp filter that reports every ioctl(2) with that request and lets everything else through, sends the
-filter's listener over the socket (a descriptor number), and executes the program. It is started as a file, without
-site-packages and without incdump: Python's start is on the way to every checkpoint.
+Installs a seccomp filter that reports calls (by number) whose second argument is the given one, and lets everything
+else through, sends the filter's listener over the socket (a descriptor number), and executes the program. It is started
+as a file, without site-packages and without incdump: Python's start is on the way to every checkpoint.
 """
 
 import array
@@ -21,19 +21,21 @@ LD_W_ABS, JEQ_K, RET_K = 0x20, 0x15, 0x06
 NUMBER, SECOND_ARGUMENT = 0, 24  # offsets in struct seccomp_data; the low half of the argument
 
 
-def install(seccomp: int, ioctl: int, request: int) -> int:
-    """Install the filter; returns its listener."""
-    program = b"".join(
-        struct.pack("=HBBI", *instruction)
+def install(seccomp: int, *calls: tuple[int, int]) -> int:
+    """Install the filter for calls with a second argument; returns its listener."""
+    instructions = [
+        instruction
+        for call, argument in calls
         for instruction in (
             (LD_W_ABS, 0, 0, NUMBER),
-            (JEQ_K, 0, 3, ioctl),
+            (JEQ_K, 0, 3, call),
             (LD_W_ABS, 0, 0, SECOND_ARGUMENT),
-            (JEQ_K, 0, 1, request),
+            (JEQ_K, 0, 1, argument),
             (RET_K, 0, 0, SECCOMP_RET_USER_NOTIF),
-            (RET_K, 0, 0, SECCOMP_RET_ALLOW),
         )
-    )
+    ]
+    instructions.append((RET_K, 0, 0, SECCOMP_RET_ALLOW))
+    program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
     code = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("=H6xQ", len(program) // 8, ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -51,10 +53,11 @@ def install(seccomp: int, ioctl: int, request: int) -> int:
 
 def main() -> None:
     """See the module's text."""
-    fd, seccomp, ioctl, request, *program = sys.argv[1:]
+    fd, seccomp, calls, *program = sys.argv[1:]
+    numbers = [int(number) for call in calls.split(",") for number in call.split(":")]
     with socket.socket(fileno=int(fd)) as channel:
         try:
-            listener = install(int(seccomp), int(ioctl), int(request))
+            listener = install(int(seccomp), *zip(numbers[0::2], numbers[1::2], strict=True))
         except OSError as error:
             channel.sendall(struct.pack("=i", error.errno or 1))
             sys.exit(1)

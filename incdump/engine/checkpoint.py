@@ -28,6 +28,7 @@ import asyncio
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ import anyio
 
 from incdump.criu.gate import Gate
 from incdump.criu.lazy import LazyCriu
-from incdump.criu.leash import LeashedCriu
+from incdump.criu.leash import LeashedCriu, uses_short_smaps
 from incdump.criu.program import failure, find
 from incdump.engine.dump import DumpRun
 from incdump.engine.sent_image import Sending
@@ -53,7 +54,9 @@ from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.identity import Identity, is_same
-from incdump.proc.tree import is_traced
+from incdump.proc.mm_info import resident_bytes
+from incdump.proc.short_smaps import ShortSmaps
+from incdump.proc.tree import is_traced, process_tree
 from incdump.xfer.local import make_buffer
 
 if TYPE_CHECKING:
@@ -83,6 +86,8 @@ LOG = "criu-dump.log"
 _GATE_POLL = 0.1
 """Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
 _STANDS_POLL = 0.05
+_BIG = 64 << 20
+"""Bytes of memory a process from which on it takes CRIU longer to read smaps than to be told the mappings."""
 _FIRST_PAGES_ID = 1 << 20
 """CRIU numbers its own pages images from 1."""
 _PROCESS_PAGEMAP = re.compile(r"pagemap-(\d+)\.img")
@@ -144,6 +149,7 @@ class CheckpointRun(DumpRun):
         self._times = CheckpointTimes()
         self._at_gate = at_gate
         self._run: _Run | None = None
+        self._smaps: ShortSmaps | None = None
 
     def tasks(self) -> list[Task]:
         """The processes that are dumped."""
@@ -186,6 +192,31 @@ class CheckpointRun(DumpRun):
                 self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
             else:
                 return
+            finally:
+                if self._smaps is not None:
+                    self._smaps.close()
+
+    def _prepare_tree(self) -> None:
+        with ThreadPoolExecutor(1) as beside:
+            smaps = beside.submit(self._open_smaps)
+            super()._prepare_tree()
+        self._smaps = smaps.result()
+
+    def _open_smaps(self) -> ShortSmaps | None:
+        """What CRIU is told the mappings by; None if it is to read them itself."""
+        if self._way == "lazy-pages":
+            why = "nobody listens to it"
+        elif not uses_short_smaps(self._criu.version):
+            why = f"what {self._criu} wants to know of them is not known"
+        elif sum(sizes := [resident_bytes(task.pid) for task in process_tree(self._pid)]) < _BIG * len(sizes):
+            why = "the processes are small"
+        else:
+            try:
+                return ShortSmaps()
+            except OSError as error:
+                why = f"the kernel does not tell their flags otherwise ({error})"
+        self._times.mappings = f"read by CRIU: {why}"
+        return None
 
     async def _dump_by(self, way: WayName, images: NewImagesDir, pipeline: Pipeline, buffer: NDArray[np.uint8]) -> None:
         """:raises incdump.errors.LeashUnusable: nothing has come of it, another way may be tried."""
@@ -193,7 +224,7 @@ class CheckpointRun(DumpRun):
         self._tell("freezing")
         gate = Gate(images.make_subdir(GATE))
         try:
-            self._run = run = _Run(self._command(place, gate), self._criu, way, gate)
+            self._run = run = _Run(self._command(place, gate), self._criu, way, gate, self._smaps)
             began = time.monotonic_ns()
             try:
                 await in_thread(run.start)
@@ -215,6 +246,7 @@ class CheckpointRun(DumpRun):
             with suppress(OSError):  # CRIU fails then, and says so
                 gate.open(may_pass=True)
             status = await run.end()
+            self._note_told(run.told)
             if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
                 self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
         except _CriuEnded as ended:
@@ -222,6 +254,11 @@ class CheckpointRun(DumpRun):
         finally:
             gate.close()
         await in_thread(self._conclude, images, place, status)
+
+    def _note_told(self, told: set[int]) -> None:
+        if self._smaps is not None:
+            others = len({task.pid for task in self.tasks()} - told)
+            self._times.mappings = f"read by CRIU of {others} processes" if others else "told by incdump"
 
     def _command(self, place: Path, gate: Gate) -> list[str]:
         after = {"running": ["--leave-running"], "stopped": ["--leave-stopped"], "killed": []}
@@ -327,8 +364,9 @@ class _CriuEnded(Exception):
 class _Run:
     """CRIU's run, as the event loop sees it."""
 
-    def __init__(self, command: list[str], criu: Criu, way: WayName, gate: Gate) -> None:
+    def __init__(self, command: list[str], criu: Criu, way: WayName, gate: Gate, smaps: ShortSmaps | None) -> None:
         self._command = command
+        self._mappings = None if smaps is None else smaps.read
         self._version = criu.version
         self._way = way
         self._gate = gate
@@ -343,7 +381,8 @@ class _Run:
         :raises incdump.errors.LeashUnusable: it cannot be held on a leash.
         """
         if self._way == "leash":
-            self._criu = LeashedCriu(self._command, self._tell(self._scanned), self._tell(self._ended))
+            events = self._tell(self._scanned), self._tell(self._ended)
+            self._criu = LeashedCriu(self._command, self._mappings, *events)
         else:
             self._criu = LazyCriu(self._command, self._version, self._tell(self._ended))
 
@@ -379,6 +418,11 @@ class _Run:
             if self._ended.is_set():
                 raise _CriuEnded(await self.end())
             await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    @property
+    def told(self) -> set[int]:
+        """The processes of which CRIU was told the mappings."""
+        return self._criu.told if isinstance(self._criu, LeashedCriu) else set()
 
     @property
     def is_running(self) -> bool:

@@ -69,6 +69,7 @@ class CheckpointTimes:
 
     :ivar way: how CRIU was kept from the memory: ``"leash"`` or ``"lazy-pages"``.
     :ivar why: why that way.
+    :ivar mappings: ``"told by incdump"``; or ``"read by CRIU"`` and why: that takes longer the more memory there is.
     :ivar before_scan: from the start of CRIU until incdump could begin: on the leash the tree is frozen, and CRIU looks
         for the first pages; by lazy pages it has done all its work.
     :ivar memory: incdump's scan and copy, the tree frozen; on the leash CRIU is at work beside it.
@@ -78,6 +79,7 @@ class CheckpointTimes:
 
     way: str = ""
     why: str = ""
+    mappings: str = ""
     before_scan: int = 0
     memory: int = 0
     waited: int = 0

@@ -53,6 +53,15 @@ def anonymous_pages(pid: int) -> int:
     return sum(int(size) for size in sizes) * 1024 // PAGE_SIZE
 
 
+def resident_bytes(pid: int) -> int:
+    """About how much memory of a process is there, what it shares included; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * PAGE_SIZE
+    except OSError:
+        return 0
+
+
 def _whole_words(data: bytes) -> bytes:
     return data[: len(data) // 8 * 8]
 

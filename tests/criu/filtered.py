@@ -21,10 +21,10 @@ SECCOMP_RET_ERRNO = 0x00050000
 if __name__ == "__main__":
     kind, *program = sys.argv[1:]
     if kind == "listener":
-        listener = leashed.install(ARCH.sys_seccomp, ARCH.sys_ioctl, NEVER)
+        listener = leashed.install(ARCH.sys_seccomp, (ARCH.sys_ioctl, NEVER))
         os.set_inheritable(listener, True)
     else:
         leashed.SECCOMP_RET_USER_NOTIF = SECCOMP_RET_ERRNO | errno.ENOTTY
         leashed.SECCOMP_FILTER_FLAG_NEW_LISTENER = 0
-        leashed.install(ARCH.sys_seccomp, ARCH.sys_ioctl, PAGEMAP_SCAN)
+        leashed.install(ARCH.sys_seccomp, (ARCH.sys_ioctl, PAGEMAP_SCAN))
     os.execv(program[0], program)
