@@ -25,8 +25,8 @@ _SCRIPT = """\
 #!/bin/sh
 cd {place} || exit 1
 case "$CRTOOLS_SCRIPT_ACTION" in
-    pre-dump) : > begun && ! flock --nonblock lock true ;;
-    post-dump|post-restore) : > reached && flock lock true && test -e go ;;
+    pre-dump) exec > begun && ! flock --nonblock lock true ;;
+    post-dump|post-restore) exec > reached && flock lock true && test -e go ;;
 esac
 """
 

@@ -17,6 +17,8 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING
 
+from incdump.criu.program import spare
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -45,6 +47,7 @@ class LazyCriu:
                 pass_fds=[near.fileno(), far.fileno()],  # both ends: its answer has somewhere to go, whoever is gone
                 start_new_session=True,  # a Ctrl-C is incdump's to handle
             )
+        spare(self._process.pid)
         self._thread = threading.Thread(target=self._wait, name="criu-lazy", daemon=True)
         self._thread.start()
 

@@ -29,6 +29,7 @@ from incdump._uapi import seccomp
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pagemap_scan import PAGEMAP_SCAN
 from incdump.criu import leashed
+from incdump.criu.program import spare
 from incdump.errors import LeashUnusable
 from incdump.model.regions import PageIs
 
@@ -88,6 +89,7 @@ class LeashedCriu:
                 self._process.kill()
                 self._process.wait()
                 raise
+        spare(self._process.pid)
         self._thread = threading.Thread(target=self._serve, name="criu-leash", daemon=True)
         self._thread.start()
 

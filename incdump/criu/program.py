@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ OLDEST = (4, 1)
 """What the leash was tried with: CRIU 4.1 scans by PAGEMAP_SCAN where the kernel has it."""
 _PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on every user's PATH
 _QUOTED = 3
+_SPARED = "-1000"
 # What CRIU cannot do without a capability, and does without; and what follows from any other error.
 _SAY_NOTHING = ("rlimit: Can't setup", "Unable to detach", "Dumping FAILED", "Restoring FAILED", "Killing processes")
 
@@ -62,6 +64,16 @@ def find(path: str | None = None) -> Criu:
         wanted = ".".join(map(str, OLDEST))
         raise CriuError(f"{where} is CRIU {match[1]}: {wanted} or later is needed; give another --criu", path=where)
     return Criu(where, version)
+
+
+def spare(pid: int) -> None:
+    """Have the kernel end other processes first when memory runs out, where that is allowed (CAP_SYS_RESOURCE).
+
+    A CRIU that is killed while it works on a process is the one way to lose that process. For a dump only: what is
+    restored would inherit it.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(_SPARED)
 
 
 def failure(criu: Criu, status: int, doing: str, log: Path, **data: Any) -> CriuError:

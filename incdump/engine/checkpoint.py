@@ -86,7 +86,7 @@ LOG = "criu-dump.log"
 _GATE_POLL = 0.1
 """Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
 _STANDS_POLL = 0.05
-_BIG = 64 << 20
+_BIG = 128 << 20
 """Bytes of memory a process from which on it takes CRIU longer to read smaps than to be told the mappings."""
 _FIRST_PAGES_ID = 1 << 20
 """CRIU numbers its own pages images from 1."""
