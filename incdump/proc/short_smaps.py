@@ -37,6 +37,7 @@ _ADVICE = (
     mapping.MADV_NOHUGEPAGE,
     mapping.MADV_DONTDUMP,
     mapping.MADV_WIPEONFORK,
+    mapping.MADV_GUARD_INSTALL,
 )
 
 
