@@ -1,9 +1,9 @@
 """How long a checkpoint stops its target: ``incdump checkpoint`` on a pre-dump against a plain ``criu dump``.
 
 Both leave the tree running, so that CRIU's killing of it counts for neither; both times are CRIU's own ``frozen_time``.
-A share of 1% of all pages is written between the pre-dump and the checkpoint. A target a quarter as big, with as many
-pages written, shows whether the stop grows with what was not written. A tree of many small processes shows what each of
-them costs.
+A share of 1% of all pages is written between the pre-dump and the checkpoint. Targets a quarter and twice as big, with
+as many pages written, show whether the stop grows with what was not written. A tree of many small processes shows what
+each of them costs.
 
 Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
 """
@@ -32,36 +32,47 @@ if TYPE_CHECKING:
 SHARE = 1
 """Percent of the bigger target's pages."""
 STOPPED_SHARE = 0.25
+GROWTH = 2.0
+"""Of the stop, from the smallest target to the biggest, which is eight times as big."""
 MANY = 16
 """Processes, each of about as many MiB as it has to have."""
 
 
 def run(bench: Bench) -> Iterator[Report]:
-    """Measure targets of twice ``bench.mib`` MiB and of half of it."""
+    """Measure targets of twice ``bench.mib`` MiB, of half of it, and of four times."""
     if os.geteuid():
         raise NotHere("needs root, for CRIU")
     try:
         criu = str(criu_path())
     except pytest.skip.Exception as why:
         raise NotHere(str(why)) from None
-    big, small = 2 * bench.mib, bench.mib // 2
-    figures: Figures = {"criu dump": [], "checkpoint": [], "checkpoint, a quarter": []}
+    big, small, huge = 2 * bench.mib, bench.mib // 2, 4 * bench.mib
+    figures: Figures = {"criu dump": [], "checkpoint": [], "checkpoint, a quarter": [], "checkpoint, twice": []}
     memory: list[float] = []
     for number in range(-1, bench.rounds):
-        plain, incremental, last = _round(bench, criu, big, SHARE, number)
         _, quarter, _ = _round(bench, criu, small, 4 * SHARE, number)
+        _, twice, _ = _round(bench, criu, huge, SHARE / 2, number, plain=False)
+        plain, incremental, last = _round(bench, criu, big, SHARE, number)
         if number >= 0:  # before that it is the warm-up
             figures["criu dump"].append(plain)
             figures["checkpoint"].append(incremental)
             figures["checkpoint, a quarter"].append(quarter)
+            figures["checkpoint, twice"].append(twice)
             assert last.checkpoint is not None
             memory.append(last.checkpoint.memory / 1e6)
-    what = f"frozen_time, {big:,} MiB, {SHARE}% written since the pre-dump; a quarter: {small:,} MiB, as many written"
+    what = (
+        f"frozen_time, {big:,} MiB, {SHARE}% written since the pre-dump; as many pages of {small:,} and of {huge:,} MiB"
+    )
     report = Report("checkpoint", what, figures=figures)
     report.compare("checkpoint", "criu dump", limit=STOPPED_SHARE)
     report.compare("checkpoint", "checkpoint, a quarter")
+    report.compare("checkpoint, twice", "checkpoint, a quarter", limit=GROWTH)
     report.verdicts.append(Verdict("incdump's scan and copy / frozen_time", ratios(memory, figures["checkpoint"])))
-    report.notes.append(f"{last.criu}; {last.stats.pages_written:,} pages written in the last checkpoint")
+    assert last.checkpoint is not None
+    report.notes.append(
+        f"{last.criu}; {last.stats.pages_written:,} pages written in the last checkpoint; mappings: "
+        f"{last.checkpoint.mappings}"
+    )
     yield report
     yield _many_processes(bench, criu)
 
@@ -80,25 +91,31 @@ def _many_processes(bench: Bench, criu: str) -> Report:
     return report
 
 
-def _round(bench: Bench, criu: str, mib: int, share: int, number: int) -> tuple[float, float, incdump.DumpResult]:
+def _round(
+    bench: Bench, criu: str, mib: int, share: float, number: int, *, plain: bool = True
+) -> tuple[float, float, incdump.DumpResult]:
     """One chain on a fresh target; see `_compare`."""
     with RestorableTarget([build("rewriter"), f"--mib={mib}", "--vmas=0"], bench.directory) as target:
-        figures = _compare(bench, criu, target, lambda: target.dirty(share, seed=number + 2))
+        figures = _compare(bench, criu, target, lambda: target.dirty(share, seed=number + 2), plain=plain)
     bench.clear()
     return figures
 
 
 def _compare(
-    bench: Bench, criu: str, target: RestorableTarget, write: Callable[[], object]
+    bench: Bench, criu: str, target: RestorableTarget, write: Callable[[], object], *, plain: bool = True
 ) -> tuple[float, float, incdump.DumpResult]:
     """The frozen_time of a plain dump and of a checkpoint, seconds, and the checkpoint's result.
 
     :param write: called between pre-dump and checkpoint.
+    :param plain: False leaves the plain dump out; it counts as none at all.
     """
-    plain = bench.new_dir()
-    dump(target.pid, plain, "--leave-running", "-v0")
-    stats = incdump.ImagesDir(plain).stats()
-    assert stats is not None
+    frozen = 0.0
+    if plain:
+        images_of_all = bench.new_dir()
+        dump(target.pid, images_of_all, "--leave-running", "-v0")
+        stats = incdump.ImagesDir(images_of_all).stats()
+        assert stats is not None
+        frozen = stats.frozen_time / 1e6
     first = bench.predump(target)
     try:
         write()
@@ -110,4 +127,4 @@ def _compare(
             raise RuntimeError(f"the checkpoint was not incremental: {result.warnings}")
     finally:
         bench.untrack(target)
-    return stats.frozen_time / 1e6, result.stats.frozen_time / 1e6, result
+    return frozen, result.stats.frozen_time / 1e6, result

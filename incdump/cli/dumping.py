@@ -277,6 +277,7 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
         parts = f"memory {time_text(times.memory)}, then waiting for CRIU {time_text(times.waited)}"
         lines.append(Fact("all else", result.criu or "", f"{parts}, putting together {time_text(times.in_place)}"))
         lines.append(Fact("way", times.way, times.why))
+        lines.append(Fact("mappings", "", times.mappings))
     return [
         *lines,
         Fact("time stopped", time_text(s.stopped_time), _stopped_note(kind, result, afterwards)),

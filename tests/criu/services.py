@@ -233,7 +233,7 @@ def describe(kind: str, result: dict[str, Any]) -> str:
     written, scanned = (result[name] / 256 for name in ("pages_written", "pages_scanned"))
     steps = result["checkpoint"] or {}
     times = {"frozen": result["frozen_time"], "in all": result["total_time"]}
-    times |= {name: value for name, value in steps.items() if name not in ("way", "why")}
+    times |= {name: value for name, value in steps.items() if name not in ("way", "why", "mappings")}
     return (
         f"{kind} {steps.get('way', '')} ({result['tracker']}): {written:.1f} of {scanned:.1f} MiB, "
         f"{len(result['pids'])} processes, ms: {', '.join(f'{name} {time / 1000:.0f}' for name, time in times.items())}"

@@ -11,14 +11,16 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import numpy as np
 import pytest
 
 import incdump
+from incdump.criu import program
 from incdump.criu.leash import LeashedCriu
+from incdump.engine.checkpoint import CheckpointRun
 from tests import oracle
 from tests.command import incdump as command
 from tests.command import run_python
@@ -344,6 +346,31 @@ def command_line(pid: int) -> list[str]:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     return []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@in_own_namespaces
+def test_when_memory_runs_out_criu_is_not_the_first_to_go(images_root: Path, way: WayName) -> None:
+    """Seen by another number, one that everybody may set. What is restored does not inherit it."""
+    seen: list[str] = []
+    put_in_place = CheckpointRun._put_in_place
+
+    def look(self: CheckpointRun, *arguments: Any) -> None:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            if any("criu-unfinished" in word for word in command_line(int(name))):
+                seen.append(Path(f"/proc/{name}/oom_score_adj").read_text())
+        put_in_place(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch, restorable_churn(images_root, seed=19, threads=2) as target:
+        before = Path(f"/proc/{target.pid}/oom_score_adj").read_text()
+        assert before != "300\n"
+        patch.setattr(program, "_SPARED", "300")
+        patch.setattr(CheckpointRun, "_put_in_place", look)
+        checkpoint(target, images_root / "1", way=way)
+        assert seen == ["300\n"]
+        revive(target, images_root / "1")
+        assert Path(f"/proc/{target.pid}/oom_score_adj").read_text() == before
+        target.quit()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -86,6 +86,24 @@ def test_restored_mappings_have_their_flags(images_root: Path, criu: object) -> 
         target.quit()
 
 
+@pytest.mark.parametrize("criu", [criu_path, criu_for_sockets])
+@in_own_namespaces
+def test_crius_images_are_what_they_are_when_it_reads_smaps(images_root: Path, criu: object) -> None:
+    """None of its lines but those that it is told is of any use to CRIU."""
+    assert callable(criu)
+    with advised(images_root) as target, pytest.MonkeyPatch.context() as patch:
+        images: list[dict[str, bytes]] = []
+        for name, big in (("read", 1 << 40), ("told", 0)):
+            patch.setattr(engine, "_BIG", big)
+            result = checkpoint(target, images_root / name, afterwards="running", criu=criu(), way="leash")
+            assert told(result).startswith(name)
+            mine = (images_root / name).glob("*.img")
+            images.append({path.name: path.read_bytes() for path in mine if path.name.startswith(("mm-", "files"))})
+        assert images[0] == images[1]
+        assert len(images[0]) >= 2
+        target.quit()
+
+
 @in_own_namespaces
 def test_flags_that_change_just_before_the_freeze_are_those_of_the_freeze(images_root: Path) -> None:
     with advised(images_root) as target, pytest.MonkeyPatch.context() as patch:
