@@ -90,6 +90,7 @@ class LeashedCriu:
                 self._process.wait()
                 raise
         spare(self._process.pid)
+        self._pidfd = os.pidfd_open(self._process.pid)
         self._thread = threading.Thread(target=self._serve, name="criu-leash", daemon=True)
         self._thread.start()
 
@@ -125,15 +126,17 @@ class LeashedCriu:
     def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)  # a process that it leaves behind, stopped, keeps the filter in use
         try:
             while True:
-                ((_, events),) = poll.poll()
-                if not events & select.POLLIN:
+                events = dict(poll.poll())
+                if self._pidfd in events or not events[self._listener] & select.POLLIN:
                     return
                 notification = seccomp.receive(self._listener)
                 if notification is not None:
                     self._answer(notification)
         finally:
+            os.close(self._pidfd)
             os.close(self._listener)  # from here on a scan fails, and CRIU gives up
             self._on_end()
 

@@ -330,6 +330,24 @@ def test_when_the_disk_is_full_the_tree_runs_on(images_root: Path, way: WayName,
         target.quit()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@in_own_namespaces
+def test_a_criu_that_is_killed_and_leaves_a_process_behind_is_not_waited_for(images_root: Path, way: WayName) -> None:
+    """As CRIU's own do that it has stopped for a moment, early on: they keep its filter in use."""
+    wrapped = images_root / "criu"
+    wrapped.write_text(f'#!/bin/sh\nif [ "$1" = dump ]; then sleep 40 & kill -KILL $$; fi\nexec {criu_path()} "$@"\n')
+    wrapped.chmod(0o700)
+    with restorable_churn(images_root, seed=20, ops=PRIVATE_OPS) as target:
+        predump(target, images_root / "1")
+        target.step(50)
+        began = time.monotonic()
+        with pytest.raises(incdump.CriuError, match="killed by signal 9"):
+            checkpoint(target, images_root / "2", "../1", criu=wrapped, way=way)
+        assert time.monotonic() - began < 30
+        prove_next(target, images_root / "2", "../1")
+        target.quit()
+
+
 def until_criu_has_ended(images: Path) -> None:
     """An incdump that was killed leaves a CRIU that finds out, and gives up."""
     deadline = time.monotonic() + 60
@@ -356,9 +374,9 @@ def test_when_memory_runs_out_criu_is_not_the_first_to_go(images_root: Path, way
     put_in_place = CheckpointRun._put_in_place
 
     def look(self: CheckpointRun, *arguments: Any) -> None:
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            if any("criu-unfinished" in word for word in command_line(int(name))):
-                seen.append(Path(f"/proc/{name}/oom_score_adj").read_text())
+        words = {int(name): command_line(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+        crius = [pid for pid in words if any("criu-unfinished" in word for word in words[pid])]
+        seen.extend(Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in crius)
         put_in_place(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, restorable_churn(images_root, seed=19, threads=2) as target:
