@@ -238,14 +238,22 @@ def revive(target: RestorableTarget, images: Path) -> None:
 
 
 def restorable_churn(
-    root: Path, *, seed: int = 1, threads: int = 2, processes: int = 1, mib: int = 16, ops: str = RESTORABLE_OPS
+    root: Path,
+    *,
+    seed: int = 1,
+    threads: int = 2,
+    processes: int = 1,
+    mib: int = 16,
+    ops: str = RESTORABLE_OPS,
+    dirty_rate: float = 0,
 ) -> RestorableTarget:
     """A churn target, at rest until told to work.
 
     :param root: see `RestorableTarget`.
+    :param dirty_rate: see `build.churn`.
     """
     command = [str(build.build("churn")), f"--seed={seed}", f"--threads={threads}", f"--processes={processes}"]
-    return RestorableTarget([*command, f"--mib={mib}", f"--ops={ops}", "--dir=."], root)
+    return RestorableTarget([*command, f"--mib={mib}", f"--ops={ops}", f"--dirty-rate={dirty_rate}", "--dir=."], root)
 
 
 def exists(pid: int) -> bool:

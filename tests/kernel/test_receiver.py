@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,12 +19,13 @@ import pytest
 import incdump
 from incdump import Receiver, ReceiverOptions
 from incdump.criu.gate import Gate
-from incdump.engine import receive
-from incdump.engine.hooks import call_hook
+from incdump.engine import arrival
+from incdump.engine.hooks import Hook
 from incdump.xfer.blocks import LENGTH, OFFER, encode_terms
 from incdump.xfer.control import MIGRATE, MOST_MESSAGE, encode_message
 from tests import command
 from tests.command import refused, start
+from tests.criu.criu import exists
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -169,7 +171,7 @@ async def test_what_the_host_lacks_ends_one_migration_only(images_root: Path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async with receiver(images_root / "arriving") as (serving, reports):
-        for owner, name in ((receive, "problems"), (Receiver, "_next_path")):
+        for owner, name in ((arrival, "problems"), (Receiver, "_next_path")):
             with monkeypatch.context() as patch:
                 patch.setattr(owner, name, full)
                 answer = said(await say(serving.port, MIGRATE, message("migrate", version=1, tree=TREE)))
@@ -184,9 +186,47 @@ async def test_what_the_host_lacks_ends_one_migration_only(images_root: Path, mo
 
 async def test_what_a_hook_leaves_running_is_not_waited_for() -> None:
     with anyio.fail_after(5):
-        await call_hook(("sh", "-c", "sleep 6 & exit 0"), "stopped", 1)
+        await Hook(("sh", "-c", "sleep 6 & exit 0"), 60).call("stopped", 1)
         with pytest.raises(incdump.MigrationError, match="because of this"):
-            await call_hook(("sh", "-c", "sleep 6 & echo because of this >&2; exit 3"), "stopped", 1)
+            await Hook(("sh", "-c", "sleep 6 & echo because of this >&2; exit 3"), 60).call("stopped", 1)
+
+
+HANGS = "sleep 60 & echo $$ $! > {}; echo it hangs >&2; trap '' TERM INT; wait"
+
+
+def hanging(said: Path) -> Hook:
+    """A hook of two processes that does not end, nor heed what it could."""
+    return Hook(("sh", "-c", HANGS.format(said)), 0.5)
+
+
+async def all_have_ended(said: Path) -> None:
+    """The processes that a hanging hook has named."""
+    pids = [int(word) for word in said.read_text().split()]
+    assert len(pids) == 2
+    with anyio.fail_after(5):
+        while any(exists(pid) for pid in pids):
+            await anyio.sleep(0.01)
+
+
+async def test_a_hook_that_hangs_is_killed_with_all_of_its_group(tmp_path: Path) -> None:
+    hook = hanging(tmp_path / "said")
+    with anyio.fail_after(5), pytest.raises(incdump.HookTimeout, match=r"killed at 'stopped', after 0\.5 s: it hangs"):
+        await hook.call("stopped", 1)
+    await all_have_ended(tmp_path / "said")
+    text = await hook.tell("moved", 1)
+    assert text is not None
+    assert "killed at 'moved'" in text
+
+
+async def test_a_hook_is_killed_with_all_of_its_group_when_it_is_cancelled(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(replace(hanging(said), timeout=60).call, "stopped", 1)
+        with anyio.fail_after(5):
+            while not said.exists() or not said.read_text().strip():
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
+    await all_have_ended(said)
 
 
 async def test_a_gate_that_cannot_be_opened_is_shut(tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ def churn(
     :param ops: names of operations (`ALL_OPS`), or a list as text: ``"all,-fork,-exec"``, ``"write,remap"``.
     :param free_run: work at once and without end; else only when told to `Target.step` or `Target.run`.
     :param dirty_rate: pages a second that the whole tree writes when running free, about; 0: as many as it can.
+        What it could not write in time is not made up for.
     :param seconds: then check, say ``good`` and exit; 0: live until told to quit.
     """
     names = ops if isinstance(ops, str) else ",".join(ops)

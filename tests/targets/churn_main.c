@@ -137,7 +137,10 @@ void do_operation(struct worker *w)
 		check_everything(w);
 }
 
-/* Free running at a rate: sleep while ahead of it. */
+#define MOST_BEHIND 0.002 /* seconds */
+
+/* Free running at a rate: sleep while ahead of it. Time that was lost, since others ran or somebody
+ * stopped it, is not made up for. */
 static void keep_rate(struct worker *w)
 {
 	double rate = options.dirty_rate / (options.threads * options.processes);
@@ -145,6 +148,8 @@ static void keep_rate(struct worker *w)
 	while (rate > 0 && !gang.stop) {
 		double ahead = w->pages_dirtied / rate - (now() - w->started);
 		struct timespec t = {0, (long)((ahead > 0.02 ? 0.02 : ahead) * 1e9)};
+		if (ahead < -MOST_BEHIND)
+			w->started += -MOST_BEHIND - ahead;
 		if (ahead <= 0)
 			return;
 		clock_nanosleep(CLOCK_MONOTONIC, 0, &t, NULL);
