@@ -26,13 +26,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from incdump.engine.arrival import MigrationReport, ReceiverOptions
     from incdump.engine.check import AgainstReport, check, check_against
     from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
     from incdump.engine.migrate import MigrateResult, migrate
     from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
     from incdump.engine.precopy import PrecopyResult, precopy
-    from incdump.engine.receive import MigrationReport, Receiver, ReceiverOptions
+    from incdump.engine.receive import Receiver
     from incdump.engine.restore import restore
     from incdump.engine.session import PrecopyRounds, Session
     from incdump.engine.untrack import untrack
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         DidNotConverge,
         FreezeTimeout,
         HolderError,
+        HookTimeout,
         ImagesDirInUse,
         ImagesError,
         ImagesIOError,
@@ -109,6 +111,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "MigrationReport",
     "MigrationError",
     "CannotMigrate",
+    "HookTimeout",
     "OutcomeUnknown",
     "untrack",
     "Session",
@@ -175,8 +178,8 @@ _HOME = {
     "migrate": "incdump.engine.migrate",
     "MigrateResult": "incdump.engine.migrate",
     "Receiver": "incdump.engine.receive",
-    "ReceiverOptions": "incdump.engine.receive",
-    "MigrationReport": "incdump.engine.receive",
+    "ReceiverOptions": "incdump.engine.arrival",
+    "MigrationReport": "incdump.engine.arrival",
     "untrack": "incdump.engine.untrack",
     "Session": "incdump.engine.session",
     "PrecopyRounds": "incdump.engine.session",

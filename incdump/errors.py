@@ -39,6 +39,7 @@ __all__ = (
     "DidNotConverge",
     "FreezeTimeout",
     "HolderError",
+    "HookTimeout",
     "ImagesDirInUse",
     "ImagesError",
     "ImagesIOError",
@@ -213,6 +214,10 @@ class CannotMigrate(MigrationError):
     def __init__(self, message: str, *, pid: int | None = None, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message, pid=pid)
         self.problems = problems
+
+
+class HookTimeout(MigrationError):
+    """A user's hook did not end in its time; its process group was killed."""
 
 
 class OutcomeUnknown(MigrationError):

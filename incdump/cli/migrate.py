@@ -20,7 +20,7 @@ from incdump.cli.invocation import (
 )
 from incdump.cli.log import Log
 from incdump.cli.loop import Audience, end_fields, show_end
-from incdump.cli.policy import DURATION, freeze_timeout_option, policy_options, take_policy
+from incdump.cli.policy import DURATION, freeze_timeout_option, hook_timeout_option, policy_options, take_policy
 from incdump.cli.receive import take_hook
 from incdump.cli.report import Report, report_option
 from incdump.cli.signals import Stopped, run
@@ -58,6 +58,7 @@ Examples:
     metavar="COMMAND",
     help="Called at each step, with INCDUMP_STEP: stopped, moved or failed. To move an address along.",
 )
+@hook_timeout_option
 @click.option(
     "--if-unknown",
     type=click.Choice(IF_UNKNOWN),
@@ -88,6 +89,7 @@ def command(
     pid: int,
     where: tuple[str, int],
     hook: str | None,
+    hook_timeout: float,
     if_unknown: Any,
     asking: float,
     criu: str | None,
@@ -113,6 +115,7 @@ def command(
         title = f"migration of process {pid} ({target.comm}) to {receiver}"
         audience = Audience(invocation, log, policy, report, title)
         more: dict[str, Any] = {"criu": criu, "criu_options": criu_options, "hook": take_hook(hook)}
+        more["hook_timeout"] = hook_timeout
         more |= {"if_unknown": if_unknown, "asking": asking}
         steps: list[str] = []
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):

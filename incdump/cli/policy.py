@@ -63,6 +63,15 @@ freeze_timeout_option = click.option(
 )
 
 
+hook_timeout_option = click.option(
+    "--hook-timeout",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="How long the hook may take at each step; then it is killed, and counts as failed.",
+)
+
+
 def take_policy(given: dict[str, Any], final: Final) -> PrecopyPolicy:
     """Take the values of `policy_options` out of a command's."""
     return PrecopyPolicy(

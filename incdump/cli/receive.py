@@ -22,12 +22,14 @@ from incdump.cli.invocation import (
     print_json,
     verbose_option,
 )
+from incdump.cli.policy import hook_timeout_option
 from incdump.cli.signals import Stopped, run
 from incdump.cli.tls import take_tls, tls_options
 
 if TYPE_CHECKING:
+    from incdump.engine.arrival import MigrationReport
     from incdump.engine.page_server import SessionReport
-    from incdump.engine.receive import MigrationReport, Receiver
+    from incdump.engine.receive import Receiver
 
 _EXAMPLE = """\b
 Examples:
@@ -60,6 +62,7 @@ Examples:
     metavar="COMMAND",
     help="Called at each step, with INCDUMP_STEP: restore, ready, runs or failed. To move an address along.",
 )
+@hook_timeout_option
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a round.")
 @click.option(
     "--timeout",
@@ -83,6 +86,7 @@ def command(
     restore: bool,
     once: bool,
     hook: str | None,
+    hook_timeout: float,
     max_bytes: int | None,
     timeout: float,
     criu: str | None,
@@ -101,7 +105,8 @@ def command(
     if not restore and (criu is not None or criu_options):
         raise click.UsageError("--criu, and what stands after --, is for --restore: add it")
     tls = take_tls(given)
-    from incdump.engine.receive import Receiver, ReceiverOptions
+    from incdump.engine.arrival import ReceiverOptions
+    from incdump.engine.receive import Receiver
 
     options = ReceiverOptions(
         address=listen[0],
@@ -111,6 +116,7 @@ def command(
         criu=criu,
         criu_options=criu_options,
         hook=take_hook(hook),
+        hook_timeout=hook_timeout,
         max_bytes=max_bytes,
         timeout=timeout,
         tls=tls,

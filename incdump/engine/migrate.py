@@ -29,7 +29,7 @@ import anyio
 
 from incdump.criu.program import find
 from incdump.engine.conversation import conversation
-from incdump.engine.hooks import call_hook
+from incdump.engine.hooks import Hook
 from incdump.engine.precopy import Loop
 from incdump.engine.requirements import describe
 from incdump.engine.threads import in_thread, unbroken
@@ -115,6 +115,7 @@ async def migrate(
     criu: str | None = None,
     criu_options: Sequence[str] = (),
     hook: Sequence[str] = (),
+    hook_timeout: float = 30.0,
     if_unknown: IfUnknown = "stop",
     asking: float = 60.0,
 ) -> MigrateResult:
@@ -134,17 +135,21 @@ async def migrate(
     :param criu_options: further options for ``criu dump``, for example ``--tcp-established``.
     :param hook: a program, and its arguments, that is called at each step (`incdump.engine.hooks`): ``stopped``, when
         all images are over there and the tree stands still; ``moved``; ``failed``, if it goes on here after all.
+    :param hook_timeout: seconds that it may take at each step; then it is killed, and counts as failed.
     :param if_unknown: what becomes of the tree here when it cannot be found out whether it runs over there.
     :param asking: seconds for which it is tried to find out, the tree standing still.
     :raises incdump.errors.CannotMigrate: the receiver's host lacks something: nothing was begun.
     :raises incdump.errors.MigrationError: it failed over there; the tree goes on here.
+    :raises incdump.errors.HookTimeout: the hook took too long at ``stopped``; the tree goes on here.
     :raises incdump.errors.OutcomeUnknown: see `if_unknown`.
     :raises incdump.errors.DidNotConverge: as for `incdump.precopy`.
     :raises incdump.errors.IncdumpError: as for `incdump.checkpoint`; the tree goes on here.
     """
     began = time.monotonic()
     options = options or DumpOptions()
-    source = _Source(pid, address, port, options, hook, on_step or _tell_nobody, if_unknown, asking)
+    source = _Source(
+        pid, address, port, options, Hook(tuple(hook), hook_timeout), on_step or _tell_nobody, if_unknown, asking
+    )
     await in_thread(check_target, pid)
     program = await in_thread(find, criu)
     control = await in_thread(source.connect, options.page_server_timeout)
@@ -235,7 +240,7 @@ class _Source:
         address: str,
         port: int,
         options: DumpOptions,
-        hook: Sequence[str],
+        hook: Hook,
         on_step: Callable[[str], None],
         if_unknown: IfUnknown,
         asking: float,
@@ -312,7 +317,7 @@ class _Source:
         self._tasks = run.tasks()
         self._was_stopped = True
         self._tell("stopped")
-        await call_hook(self._hook, "stopped", self._pid)
+        await self._hook.call("stopped", self._pid)
         self._tell("restore")
         await talk.say("restore", number=number)
         answer = await talk.hear()
@@ -404,10 +409,8 @@ class _Source:
                 await talk.say("failed", why=str(error) or type(error).__name__)
         step = "moved" if self.is_there else "failed" if error is not None and self._was_stopped else None
         if step is not None and not isinstance(error, OutcomeUnknown):
-            try:
-                await call_hook(self._hook, step, self._pid)
-            except MigrationError as problem:
-                self.warnings.append(str(problem))
+            wrong = await self._hook.tell(step, self._pid)
+            self.warnings += [] if wrong is None else [wrong]
         if self._raised is not None:
             raise self._raised
 
