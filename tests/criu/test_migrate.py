@@ -171,52 +171,6 @@ def test_the_commands(images_root: Path) -> None:
 
 
 @in_own_namespaces
-def test_a_hook_that_fails_keeps_the_tree_here(images_root: Path) -> None:
-    with (
-        restorable_churn(images_root, seed=64, mib=4) as target,
-        receiving(images_root / "arriving", "--hook", "sh -c 'test $INCDUMP_STEP != ready'") as there,
-    ):
-        with pytest.raises(MigrationError, match="failed at 'ready'"):
-            migrate(target, there.port)
-        runs_here(target, there)
-        with pytest.raises(MigrationError, match="failed at 'stopped'"):
-            migrate(target, there.port, hook=("sh", "-c", "test $INCDUMP_STEP != stopped"))
-        runs_here(target, there)
-        target.quit()
-    assert list((images_root / "arriving").iterdir()) == []
-
-
-@in_own_namespaces
-def test_a_hook_that_hangs_at_either_end_keeps_the_tree_here(images_root: Path) -> None:
-    pids = images_root / "pids"
-    hangs = f"sh -c 'if [ $INCDUMP_STEP = {{}} ]; then sleep 600 & echo $$ $! >> {pids}; wait; fi'"
-    with restorable_churn(images_root, seed=98, mib=4) as target:
-        for step in ("restore", "ready"):
-            options = ("--hook", hangs.format(step), "--hook-timeout", "300ms")
-            with receiving(images_root / f"arriving-{step}", *options) as there:
-                with pytest.raises(MigrationError, match=f"killed at '{step}', after 0.3 s"):
-                    migrate(target, there.port)
-                runs_here(target, there)
-                assert there.migration()["outcome"] == "void"
-        with receiving(images_root / "arriving") as there:
-            done = command.incdump(
-                *("migrate", "-t", target.pid, f"127.0.0.1:{there.port}", "--downtime", "5s"),
-                *("--hook", hangs.format("stopped"), "--hook-timeout", "300ms", "--criu", criu_path()),
-            )
-            refused(done, 10, "killed at 'stopped', after 0.3 s")
-            runs_here(target, there)
-            result = migrate(
-                target, there.port, hook=("sh", "-c", "test $INCDUMP_STEP = stopped || sleep 600"), hook_timeout=0.3
-            )
-            assert result.outcome == "runs"
-            assert any("killed at 'moved'" in warning for warning in result.warnings)
-            runs_there(target, there)
-            target.quit()
-    assert list((images_root / "arriving-ready").iterdir()) == []
-    until(lambda: not any(exists(int(pid)) for pid in pids.read_text().split()), 5)
-
-
-@in_own_namespaces
 def test_it_moves_over_tls_and_nobody_else_is_let_in(images_root: Path) -> None:
     authority, stranger = (Authority(images_root / name) for name in ("authority", "stranger"))
     files = authority.signs("127.0.0.1")
