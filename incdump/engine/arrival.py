@@ -7,6 +7,7 @@ either end, is the end of it here. After that it runs, and its images stay. An a
 
 from __future__ import annotations
 
+import hmac
 import os
 import shutil
 from contextlib import suppress
@@ -133,8 +134,8 @@ class Arrival:
         self._criu = criu
         self._source = source
         self._on_session = on_session
-        page_options = PageServerOptions(max_bytes=options.max_bytes)
-        self._sessions = Sessions(path, listener.joins, options=page_options, token=self.token)
+        page_options = PageServerOptions(max_bytes=options.max_bytes, timeout=options.timeout)
+        self._sessions = Sessions(path, listener.joins, options=page_options)
         self._put, self._clients = anyio.create_memory_object_stream[Any](_PAGES_WAITING)
         self._scope = anyio.CancelScope()
         self._is_served = anyio.Event()  # no session is under way
@@ -146,11 +147,17 @@ class Arrival:
         self._warning: str | None = None
         self._was_begun = False  # the hook has been called
 
+    def knows(self, client: Client) -> bool:
+        """Whether a client has shown the token."""
+        token = None if client.said is None else client.said.get("migration")
+        return isinstance(token, str) and hmac.compare_digest(token.encode(), self.token.encode())
+
     def hand_over(self, client: Client) -> bool:
-        """Have a client's session served; False if there is no place for it."""
+        """Have a client's session served; False if it is none of this migration's, or there is no place for it."""
         with suppress(anyio.WouldBlock, anyio.ClosedResourceError, anyio.BrokenResourceError):
-            self._put.send_nowait(client)
-            return True
+            if self.knows(client):
+                self._put.send_nowait(client)
+                return True
         return False
 
     def _turn_away(self) -> None:

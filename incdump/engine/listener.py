@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import anyio
 
@@ -23,8 +23,8 @@ from incdump.xfer.sockets import broken, hang_up, limit_calls, why
 from incdump.xfer.splicing import receive_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from typing import Self
+    from collections.abc import AsyncIterator, Callable
+    from typing import Any, Self
 
     from anyio.abc import TaskGroup
     from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from incdump.model.options import TlsFiles
     from incdump.xfer.sockets import Wrap
 
-_BACKLOG = 8
+Introduction: TypeAlias = "Callable[[Client], None]"
+
+_BACKLOG = 128
 _WAITING = 32
-"""Clients that are heard, or wait, at once."""
+"""Clients that wait to be served, and that are heard, at once."""
 _AFTER_A_FAILED_ACCEPT = 0.2
 
 
@@ -44,6 +46,7 @@ class Client:
     :ivar connection: None once it is another channel of a session.
     :ivar name: address and port, for people.
     :ivar first: the beginning of its first message.
+    :ivar said: what else it has said of itself, where that was asked for.
     :ivar error: why there is nothing to be served.
     """
 
@@ -52,8 +55,9 @@ class Client:
         self.name = name
         self.error = error
         self.first = b""
+        self.said: dict[str, Any] | None = None
 
-    def hear(self, timeout: float | None, joins: Joins, wrap: Wrap | None) -> None:
+    def hear(self, timeout: float | None, joins: Joins, wrap: Wrap | None, more: Introduction | None) -> None:
         """Hear what it begins with. Blocks."""
         assert self.connection is not None
         try:
@@ -70,6 +74,8 @@ class Client:
                     self.connection = None
                 else:
                     self.error = ConnectionLost("it would join a session that is over")
+            elif more is not None:
+                more(self)
         except IncdumpError as error:
             self.error = error
         except OSError as error:
@@ -100,17 +106,34 @@ class Listener:
     :ivar joins: where the other channels of sessions arrive.
     """
 
-    def __init__(self, address: str, port: int, *, timeout: float | None, tls: TlsFiles | None) -> None:
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        *,
+        timeout: float | None,
+        tls: TlsFiles | None,
+        patience: float | None = None,
+        more: Introduction | None = None,
+    ) -> None:
         """
         :param address: a name or an address.
         :param port: 0 for any that is free.
         :param timeout: seconds for which a client may be silent; None for ever.
         :param tls: for encrypted connections, from clients with a certificate; None: plain ones.
+        :param patience: seconds within which a client has to have said what it begins with, all of it, with TLS the
+            handshake too; None: any number, as long as it is not silent.
+        :param more: hears what else a client has to say of itself first, in a worker thread; what it raises, of
+            incdump's errors and OSError, is the client's error.
         """
         self.host, self.port = address, port
         self.joins = Joins()
         self._timeout = timeout
         self._tls = tls
+        self._patience = patience
+        self._more = more
+        self._heard: dict[Client, None] = {}  # being heard, those first who have come first
+        self._limiter = anyio.CapacityLimiter(2 * _WAITING)  # their own threads: nobody else has to wait for one
         self._wrap: Wrap | None = None
         self._socket: socket.socket | None = None
 
@@ -166,7 +189,7 @@ class Listener:
         """Hear whoever connects."""
         assert self._socket is not None
         loop = asyncio.get_running_loop()
-        places = anyio.Semaphore(_WAITING)
+        places = anyio.Semaphore(2 * _WAITING)
         while True:
             await places.acquire()
             try:
@@ -177,17 +200,25 @@ class Listener:
                 await clients.send(Client(None, "", problem))
                 await anyio.sleep(_AFTER_A_FAILED_ACCEPT)
             else:
+                if len(self._heard) >= _WAITING:  # who has something to say says it at once
+                    next(iter(self._heard)).hang_up()
                 name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
                 tasks.start_soon(self._welcome, Client(connection, name), clients, places)
 
     async def _welcome(self, client: Client, clients: MemoryObjectSendStream[Client], places: anyio.Semaphore) -> None:
         is_waiting = False
+        arguments = (self._timeout, self.joins, self._wrap, self._more)
+        self._heard[client] = None
         try:
-            await in_thread(client.hear, self._timeout, self.joins, self._wrap, break_off=client.hang_up)
-            if client.connection is not None:
-                await clients.send(client)
-            is_waiting = True
+            with anyio.move_on_after(self._patience) as limit:
+                await in_thread(client.hear, *arguments, limiter=self._limiter, break_off=client.hang_up)
+            self._heard.pop(client, None)
+            if not limit.cancelled_caught:
+                if client.connection is not None:
+                    await clients.send(client)
+                is_waiting = True
         finally:
+            self._heard.pop(client, None)
             places.release()
             if not is_waiting:
                 client.close()

@@ -53,7 +53,6 @@ from incdump.xfer.sockets import connect
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from incdump.criu.program import Criu
     from incdump.engine.checkpoint import AtGate, CheckpointRun
     from incdump.engine.conversation import Conversation
     from incdump.model.precopy import Decision, IfUnknown, MappingWrites, PrecopyRound, Rule
@@ -152,9 +151,10 @@ async def migrate(
     )
     await in_thread(check_target, pid)
     program = await in_thread(find, criu)
+    tree = await in_thread(describe, pid, program)
     control = await in_thread(source.connect, options.page_server_timeout)
     async with conversation(control) as talk:
-        await source.introduce(talk, program)
+        await source.introduce(talk, tree)
         with tempfile.TemporaryDirectory(prefix="incdump-migrate-") as place:
             loop = _Loop(
                 pid,
@@ -278,12 +278,12 @@ class _Source:
             raise ConnectionLost(f"the receiver at {self.receiver} hung up: {error.strerror}") from error
         return control
 
-    async def introduce(self, talk: Conversation, criu: Criu) -> None:
-        """Say what is to come, and hear whether it can be taken.
+    async def introduce(self, talk: Conversation, tree: dict[str, object]) -> None:
+        """Say what is to come, at once, and hear whether it can be taken.
 
+        :param tree: see `incdump.engine.requirements.describe`.
         :raises incdump.errors.CannotMigrate: it cannot.
         """
-        tree = await in_thread(describe, self._pid, criu)
         await talk.say("migrate", version=VERSION, tree=tree)
         try:
             answer = await talk.hear()

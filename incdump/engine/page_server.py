@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from incdump.engine.listener import Listener
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, ProtocolError
+from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError
 from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
@@ -104,19 +104,16 @@ class Sessions:
         *,
         parent: str | None = None,
         options: PageServerOptions,
-        token: str | None = None,
     ) -> None:
         """
         :param images_dir: where to; made if missing, refused if it holds images.
         :param joins: where the other channels of sessions arrive.
         :param parent: the parent images dir of the first session: relative to `images_dir`, or absolute.
-        :param token: what every client has to show, in incdump's own protocol; None: nobody has to.
         """
         self._options = options
         self._path = Path(os.path.abspath(images_dir))
         self._parent = parent
         self._joins = joins
-        self._token = token
         messages.load()  # a client with a frozen tree would wait for these imports
         compression.available()
         self._done = 0  # sessions that have their directory, those of earlier runs included
@@ -205,9 +202,7 @@ class Sessions:
         assert client.connection is not None
         timeout = self._options.timeout
         if isinstance(receiver, StoredImages):
-            return BlockSession(client.connection, receiver, self._joins, timeout=timeout, token=self._token).run()
-        if self._token is not None:
-            raise ProtocolError("it speaks another protocol than a migration does")
+            return BlockSession(client.connection, receiver, self._joins, timeout=timeout, offer=client.said).run()
         return Session(client.connection, receiver, timeout=timeout, first=client.first).run()
 
     def _dedup(self, receiver: ReceivedImages | StoredImages) -> str | None:

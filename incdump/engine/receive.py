@@ -8,6 +8,7 @@ Receiver ── listens ──▶ Arrival, one at a time   (`incdump.engine.arri
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from contextlib import suppress
 from functools import partial
@@ -23,9 +24,12 @@ from incdump.engine.listener import Listener
 from incdump.engine.page_server import numbered
 from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesDirInUse, IncdumpError
+from incdump.errors import ImagesDirInUse, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
-from incdump.xfer.control import MIGRATE, VERSION, Control
+from incdump.xfer.block_server import hear_terms, tell
+from incdump.xfer.blocks import OFFER
+from incdump.xfer.control import MIGRATE, MOST_MESSAGE, MOST_UNKNOWN, VERSION, Control, TooMuch, encode_message
+from incdump.xfer.sockets import farewell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,6 +46,9 @@ _UNASKED_SECONDS = 120.0
 """For which the only arrival's outcome can still be asked for, if the source has not heard of it."""
 _CONVERSATIONS = 16
 """At once: one is a migration's, others may ask what has become of theirs."""
+_PATIENCE = 5.0
+"""Seconds within which whoever connects has to have said what it is here for."""
+_BUSY = "it is busy with another migration"
 
 
 class Receiver:
@@ -58,8 +65,13 @@ class Receiver:
         self._path = Path(os.path.abspath(images_dir))
         self._criu: Criu | None = None
         self._listener = Listener(
-            self._options.address, self._options.port, timeout=self._options.timeout, tls=self._options.tls
+            *(self._options.address, self._options.port),
+            timeout=self._options.timeout,
+            tls=self._options.tls,
+            patience=min(_PATIENCE, self._options.timeout),
+            more=self._introduce,
         )
+        self._long = threading.Lock()  # held while a long message is heard of somebody who is not known yet
         self._current: Arrival | None = None
         self._arrivals: OrderedDict[str, Arrival] = OrderedDict()
         self._conversations = 0
@@ -111,9 +123,8 @@ class Receiver:
         reports: list[MigrationReport] = []
         over = anyio.Event()
 
-        async def converse(client: Client) -> None:
-            async with conversation(_control(client, self._options.timeout)) as talk:
-                said = await talk.hear()
+        async def converse(client: Client, said: dict[str, Any]) -> None:
+            async with conversation(self._control(client)) as talk:
                 if said["say"] == "outcome":
                     await self._tell_outcome(talk, said)
                     return
@@ -129,11 +140,11 @@ class Receiver:
             async with self._listener.clients() as clients:
                 while True:
                     client = await clients.receive()
-                    if client.error is not None or client.connection is None:
+                    if client.error is not None or client.said is None:
                         client.close()
                     elif client.first == MIGRATE:
                         if self._conversations < _CONVERSATIONS:
-                            tasks.start_soon(self._unless_broken, partial(converse, client))
+                            tasks.start_soon(self._unless_broken, partial(converse, client, client.said))
                         else:
                             client.close()
                     elif self._current is None or not self._current.hand_over(client):
@@ -150,6 +161,47 @@ class Receiver:
         if reports[0].error is not None:
             raise reports[0].error
         return reports[0]
+
+    def _introduce(self, client: Client) -> None:
+        """Hear what a client is here for. It is not known yet, so it may not say much. Blocks, for `_PATIENCE` at most.
+
+        :raises incdump.errors.XferError: it is none of a migration's.
+        """
+        assert client.connection is not None
+        if client.first == MIGRATE:
+            client.said = self._hear_first(self._control(client))
+            return
+        arrival = self._current
+        if arrival is None or client.first != OFFER:
+            raise ProtocolError("it speaks another protocol than a migration does, or there is none")
+        client.said = hear_terms(client.connection, self._options.timeout, most=MOST_UNKNOWN)
+        if not arrival.knows(client):
+            error = ProtocolError("the client is not of the migration that is under way")
+            tell(client.connection, error)
+            raise error
+
+    def _hear_first(self, control: Control) -> dict[str, Any]:
+        """The first message. A long one is heard of one at a time, and of nobody while a migration is under way."""
+        may_be_long = self._current is None and self._long.acquire(blocking=False)
+        control.most = MOST_MESSAGE if may_be_long else MOST_UNKNOWN
+        try:
+            while True:
+                said = control.hear()
+                if said["say"] != "wait":
+                    return said
+        except TooMuch:
+            if not may_be_long:
+                farewell(control.connection, encode_message({"say": "failed", "why": _BUSY}))
+            raise
+        finally:
+            if may_be_long:
+                self._long.release()
+
+    def _control(self, client: Client) -> Control:
+        assert client.connection is not None
+        control = Control(client.connection, f"the source at {client.name}", self._options.timeout)
+        control.most = MOST_UNKNOWN
+        return control
 
     async def _unless_broken(self, job: Callable[[], Awaitable[None]]) -> None:
         """What somebody says who then vanishes, or who makes no sense, is nobody's concern."""
@@ -179,7 +231,7 @@ class Receiver:
             await talk.say("failed", why="the receiver speaks another version of incdump's protocol")
             return None
         if self._current is not None:
-            await talk.say("welcome", problems=["it is busy with another migration"])
+            await talk.say("welcome", problems=[_BUSY])
             return None
         try:
             path = self._next_path()
@@ -219,8 +271,3 @@ class Receiver:
         await arrival.decided.wait()
         await talk.say(arrival.state)
         arrival.known.set()
-
-
-def _control(client: Client, timeout: float) -> Control:
-    assert client.connection is not None
-    return Control(client.connection, f"the source at {client.name}", timeout)

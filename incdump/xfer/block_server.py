@@ -15,12 +15,12 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from incdump._uapi.fallocate import punch_hole
-from incdump.errors import ConnectionLost, IncdumpError, ProtocolError, XferError
+from incdump.errors import ConnectionLost, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.xfer import compression
 from incdump.xfer.blocks import (
@@ -43,7 +43,7 @@ from incdump.xfer.blocks import (
     decode_terms,
     encode_terms,
 )
-from incdump.xfer.sockets import SILENT, broken, hang_up, shut_down, silence
+from incdump.xfer.sockets import SILENT, broken, farewell, hang_up, shut_down, silence
 from incdump.xfer.splicing import Splicer, receive_all
 from incdump.xfer.wire import encode_answer
 
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 _JOIN_SECONDS = 30.0
 _LOOK_SECONDS = 0.1
-_FAREWELL_SECONDS = 2.0
 
 
 class Joins:
@@ -124,15 +123,15 @@ class BlockSession:
         joins: Joins,
         *,
         timeout: float | None = None,
-        token: str | None = None,
+        offer: dict[str, Any] | None = None,
     ) -> None:
         """
         :param connection: on which the offer came; stays the caller's to close.
         :param joins: where the client's other connections arrive.
         :param timeout: seconds for which the client may be silent, or not take an answer; None for ever.
-        :param token: what the client has to show in its terms; None: nothing.
+        :param offer: the client's terms; None: they have not been heard yet.
         """
-        self._token = token
+        self._offer = offer
         self._connection = connection
         self._images = images
         self._joins = joins
@@ -151,8 +150,7 @@ class BlockSession:
         """
         first = _Channel(self._connection, self._images, self._timeout, self._activity)
         try:
-            first.send(encode_answer(SPEAKS))
-            self._agree(first)
+            self._agree(first, self._offer or hear_terms(self._connection, self._timeout))
             if not first.serve(self._control):
                 raise ConnectionLost("the client went before it had said that it was through")
             self._end_others(wait=True)
@@ -162,7 +160,7 @@ class BlockSession:
         except BaseException as error:
             cause = self._error or error  # not what ending the others has them say
             self._end_others(wait=False)
-            _tell(self._connection, cause)
+            tell(self._connection, cause)
             if cause is error:
                 raise
             raise cause from None
@@ -172,14 +170,8 @@ class BlockSession:
             first.send(bytes([DONE]))
         return received
 
-    def _agree(self, first: _Channel) -> None:
+    def _agree(self, first: _Channel, offer: dict[str, Any]) -> None:
         """Tell the client what may be, and wait until its channels are there."""
-        (size,) = LENGTH.unpack(first.take(LENGTH.size))
-        if size > MOST_TEXT:
-            raise ProtocolError("the client's terms are longer than there can be")
-        offer = decode_terms(bytes(first.take(size)))
-        if self._token is not None and offer.get("migration") != self._token:
-            raise ProtocolError("the client is not of the migration that is under way")
         wanted, parent, codings = offer.get("channels"), offer.get("parent"), offer.get("compression")
         channels = min(wanted, MOST_CHANNELS) if isinstance(wanted, int) and wanted > 0 else 1
         both = [name for name in compression.available() if isinstance(codings, list) and name in codings]
@@ -339,16 +331,39 @@ class _Channel:
 
     def send(self, data: bytes) -> None:
         """Send an answer."""
-        try:
-            self.connection.sendall(data)
-        except SILENT:
-            raise ConnectionLost("the client did not take an answer in time") from None
-        except OSError as error:
-            raise broken(error) from None
+        _send(self.connection, data)
 
     def close(self) -> None:
         """Give up what it holds; the connection stays open."""
         self._splicer.close()
+
+
+def hear_terms(connection: socket.socket, timeout: float | None, *, most: int = MOST_TEXT) -> dict[str, Any]:
+    """Tell a client that has made the offer that it may go on, and hear its terms. Blocks.
+
+    :param timeout: seconds for which it may be silent; None for ever.
+    :param most: bytes that it may say.
+    :raises ConnectionLost: it has gone, or is silent.
+    :raises ProtocolError: what it says is not that.
+    """
+    _send(connection, encode_answer(SPEAKS))
+    length = bytearray(LENGTH.size)
+    receive_all(connection, timeout, memoryview(length))
+    (size,) = LENGTH.unpack(length)
+    if size > most:
+        raise ProtocolError("the client's terms are longer than there can be")
+    text = bytearray(size)
+    receive_all(connection, timeout, memoryview(text))
+    return decode_terms(bytes(text))
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    try:
+        connection.sendall(data)
+    except SILENT:
+        raise ConnectionLost("the client did not take an answer in time") from None
+    except OSError as error:
+        raise broken(error) from None
 
 
 def _make_zeros(fd: int, offset: int, length: int) -> None:
@@ -373,15 +388,8 @@ def _is_over(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _tell(connection: socket.socket, error: BaseException) -> None:
+def tell(connection: socket.socket, error: BaseException) -> None:
     """Tell the client why its session ends, if it still listens. Never fails."""
-    if isinstance(error, ConnectionLost):
-        return
-    text = (str(error) if isinstance(error, IncdumpError) else "internal error").encode()[: MOST_TEXT - 1]
-    with suppress(OSError, XferError):
-        connection.settimeout(_FAREWELL_SECONDS)
-        connection.sendall(bytes([FAILED]) + LENGTH.pack(len(text)) + text)
-        shut_down(connection, socket.SHUT_WR)
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while time.monotonic() < deadline and connection.recv(MOST_BEHIND):
-            pass  # closed with something unread, the connection would be reset, and the text lost
+    if not isinstance(error, ConnectionLost):
+        text = (str(error) if isinstance(error, IncdumpError) else "internal error").encode()[: MOST_TEXT - 1]
+        farewell(connection, bytes([FAILED]) + LENGTH.pack(len(text)) + text)

@@ -40,6 +40,8 @@ VERSION = 1
 MIGRATE = encode(Message(Command.PARENT, 0, 0, 0, Image("pagemap", 0x69646D72).dst_id), Layout.SHORT)
 MOST_MESSAGE = 8 << 20
 """The most bytes of a message: a tree may have many files."""
+MOST_UNKNOWN = 64 << 10
+"""The most bytes of a message from whom one does not know: trees are hardly ever more."""
 
 
 def encode_message(message: dict[str, Any]) -> bytes:
@@ -62,11 +64,16 @@ def decode_message(text: bytes) -> dict[str, Any]:
     return message
 
 
+class TooMuch(ProtocolError):
+    """A message that is longer than it may be."""
+
+
 class Control:
     """One end. Calls block; messages may be sent by any thread, and are heard by one.
 
     :ivar other: the other end, for people.
     :ivar timeout: seconds after which silence means that the other is gone.
+    :ivar most: bytes of a message.
     """
 
     def __init__(self, connection: socket.socket, other: str, timeout: float) -> None:
@@ -76,6 +83,7 @@ class Control:
         self.connection = connection
         self.other = other
         self.timeout = timeout
+        self.most = MOST_MESSAGE
         self._lock = threading.Lock()  # TLS does not read and write at once
 
     def say(self, message: dict[str, Any]) -> None:
@@ -99,8 +107,8 @@ class Control:
         """
         with self._lock:
             (size,) = LENGTH.unpack(self._take(LENGTH.size))
-            if size > MOST_MESSAGE:
-                raise ProtocolError(f"{self.other} says more than there can be to say")
+            if size > self.most:
+                raise TooMuch(f"{self.other} says more than there can be to say")
             return decode_message(self._take(size))
 
     def _take(self, size: int) -> bytes:

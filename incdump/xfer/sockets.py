@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -21,6 +22,7 @@ _Result = TypeVar("_Result")
 _BYTES_ACKED = struct.Struct("=120xQ")
 """tcpi_bytes_acked in struct tcp_info (include/uapi/linux/tcp.h, Linux 4.1)."""
 _CONNECT_TIMEOUT = 10.0
+_FAREWELL_SECONDS = 2.0
 _PROGRAMS = {"page server": "incdump page-server, criu page-server", "receiver": "incdump receive"}
 _LONGEST = 1e8
 """Three years: what the kernel takes for a timeout."""
@@ -136,6 +138,20 @@ def hang_up(connection: socket.socket) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
     with suppress(OSError):
         shut_down(connection, socket.SHUT_RDWR)
+
+
+def farewell(connection: socket.socket, last: bytes) -> None:
+    """Say something last to a peer that may be in the middle of saying something itself. Never fails.
+
+    :param last: what.
+    """
+    with suppress(OSError, XferError):
+        connection.settimeout(_FAREWELL_SECONDS)
+        connection.sendall(last)
+        shut_down(connection, socket.SHUT_WR)
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while time.monotonic() < deadline and connection.recv(1 << 16):
+            pass  # closed with something unread, the connection would be reset, and the text lost
 
 
 def broken(error: OSError) -> ConnectionLost:

@@ -51,15 +51,19 @@ async def receiver(path: Path, **options: Any) -> AsyncIterator[tuple[Receiver, 
         tasks.cancel_scope.cancel()
 
 
-async def say(port: int, *pieces: bytes) -> bytes:
-    """Say something and hang up; returns what was said back."""
+async def say(port: int, *pieces: bytes, quiet: bool = False) -> bytes:
+    """Say something and hang up; returns what was said back.
+
+    :param quiet: no more is said, and the other side is to hang up.
+    """
 
     def talk() -> bytes:
         with socket.create_connection(("127.0.0.1", port), 5) as sock:
             try:
                 for piece in pieces:
                     sock.sendall(piece)
-                sock.shutdown(socket.SHUT_WR)
+                if not quiet:
+                    sock.shutdown(socket.SHUT_WR)
                 return b"".join(iter(lambda: sock.recv(1 << 16), b""))
             except OSError:
                 return b""
