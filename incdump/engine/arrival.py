@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from incdump.model.stats import RestoreResult
 
 _PAGES_WAITING = 8
+_LAST_WORD_SECONDS = 2.0
+"""For the source of a receiver that has been told to end to take the news."""
 _LAST_HOOK_SECONDS = 10.0
 """For the hook of a receiver that has been told to end."""
 
@@ -190,9 +192,13 @@ class Arrival:
                 with suppress(IncdumpError):
                     await talk.say("failed", why=str(error))
         except BaseException:  # the receiver is to end
-            if self.state not in ("runs", "stored") and self._was_begun:
-                with anyio.move_on_after(_LAST_HOOK_SECONDS, shield=True):
-                    await self._hook_after("failed")
+            if self.state not in ("runs", "stored"):
+                self.state = "void"
+                with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True), suppress(IncdumpError):
+                    await talk.say("failed", why="the receiver has been told to end")  # it may be just about to say go
+                if self._was_begun:
+                    with anyio.move_on_after(_LAST_HOOK_SECONDS, shield=True):
+                        await self._hook_after("failed")
             raise
         finally:
             if self.state not in ("runs", "stored"):

@@ -201,14 +201,17 @@ class Listener:
                 await anyio.sleep(_AFTER_A_FAILED_ACCEPT)
             else:
                 if len(self._heard) >= _WAITING:  # who has something to say says it at once
-                    next(iter(self._heard)).hang_up()
+                    oldest = next(iter(self._heard))
+                    del self._heard[oldest]
+                    oldest.hang_up()
                 name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else str(peer)
-                tasks.start_soon(self._welcome, Client(connection, name), clients, places)
+                client = Client(connection, name)
+                self._heard[client] = None
+                tasks.start_soon(self._welcome, client, clients, places)
 
     async def _welcome(self, client: Client, clients: MemoryObjectSendStream[Client], places: anyio.Semaphore) -> None:
         is_waiting = False
         arguments = (self._timeout, self.joins, self._wrap, self._more)
-        self._heard[client] = None
         try:
             with anyio.move_on_after(self._patience) as limit:
                 await in_thread(client.hear, *arguments, limiter=self._limiter, break_off=client.hang_up)

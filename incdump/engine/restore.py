@@ -124,7 +124,11 @@ class HeldRestore:
         command += ["--restore-detached", "--action-script", str(self._gate.script)]
         with anyio.CancelScope(shield=True):  # who is cancelled here would never know of it
             self._process = process = await anyio.open_process(
-                [*command, *self._options], stdin=None, stdout=None, stderr=subprocess.DEVNULL
+                [*command, *self._options],
+                stdin=None,
+                stdout=None,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C is incdump's to handle: the tree may just be about to run
             )
         looked = 0.0
         while not self._gate.is_reached:

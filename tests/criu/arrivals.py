@@ -36,6 +36,7 @@ with open("/proc/sys/kernel/ns_last_pid", "w") as last:
     last.write("20000")
 child = os.fork()
 if child == 0:
+    os.setpgid(0, 0)
     os.execv(sys.argv[1], sys.argv[1:])
 while True:
     try:
@@ -98,6 +99,10 @@ class There:
         pid = self.here(target.pid)
         assert pid is not None, "it does not run there"
         target.pid = pid
+
+    def press_ctrl_c(self) -> None:
+        """At the terminal that it would have: SIGINT to its process group."""
+        os.killpg(self.pid, signal.SIGINT)
 
     def kill_receiver(self) -> None:
         """SIGKILL."""
