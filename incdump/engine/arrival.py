@@ -270,7 +270,8 @@ class Arrival:
             await talk.unless_lost(partial(self._make_ready, held))
             if self.state == "open":
                 self.state = "ready"
-            await talk.say("ready")
+            with anyio.move_on_after(_LAST_WORD_SECONDS, shield=True):  # broken off, the connection would be lost
+                await talk.say("ready")
             said = await talk.hear()
             if said["say"] != "go" or self.state != "ready":
                 raise MigrationError(f"the source has given it up: {said.get('why', said['say'])}")

@@ -100,17 +100,27 @@ class Conversation:
 
 @asynccontextmanager
 async def conversation(control: Control) -> AsyncIterator[Conversation]:
-    """Talk to the other end; the connection is closed when the context ends."""
+    """Talk to the other end; the connection is closed when the context ends.
+
+    Who is cancelled within it can still say a last word: the connection is in order until the context ends.
+    """
     talk = Conversation(control)
     try:
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(talk.listen)
-            tasks.start_soon(talk.beat)
+            scopes = [anyio.CancelScope(shield=True) for _ in range(2)]
+            for scope, job in zip(scopes, (talk.listen, talk.beat), strict=True):
+                tasks.start_soon(_within, scope, job)
             try:
                 yield talk
             finally:
-                tasks.cancel_scope.cancel()
+                for scope in scopes:
+                    scope.cancel()
     except BaseExceptionGroup as group:
         raise first_cause(group) from None
     finally:
         talk.close()
+
+
+async def _within(scope: anyio.CancelScope, job: Callable[[], Awaitable[None]]) -> None:
+    with scope:
+        await job()
