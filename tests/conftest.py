@@ -2,7 +2,8 @@
 
 - `churn`, `rewriter`: factories of target processes (tests/targets/build.py); what they started is ended with the test.
 - `images_root`: a directory on disk, mode 0700, for images dirs.
-- `two_hosts`: network namespaces that a slow link joins (tests/hosts.py); `switched_hosts`: three, and a switch.
+- `two_hosts`: network namespaces that a slow link joins (tests/hosts.py); `lossy_hosts`: one that loses packets;
+  `switched_hosts`: three, and a switch.
 - Every session has a few huge pages for its targets, and its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket
   is); it fails if a process that it started, directly or not, is left at the end.
 - No test leaves a userfaultfd open.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosts import joined_hosts, switched_hosts
+from tests.hosts import LOSSY, joined_hosts, switched_hosts
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -137,6 +138,13 @@ def images_root() -> Iterator[Path]:
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """`tests.hosts.joined_hosts`, gone with the test."""
     with joined_hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def lossy_hosts() -> Iterator[tuple[Host, Host]]:
+    """The same with a link that is slow to deliver, and loses packets."""
+    with joined_hosts(LOSSY) as hosts:
         yield hosts
 
 

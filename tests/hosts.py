@@ -24,10 +24,13 @@ from tests.command import read_until, start
 from tests.guest.debian import CannotFetchError, require_tool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 RATE = "200mbit"
 BURST, LATENCY = "256kb", "50ms"
+SLOW = ("tbf", "rate", RATE, "burst", BURST, "latency", LATENCY)
+LOSSY = ("netem", "delay", "20ms", "loss", "1%", "limit", "5000")
+"""What a link does to the packets of either direction, as tc(8) has it. netem needs a kernel that has it."""
 CLONE_NEWNET = 0x40000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -109,8 +112,11 @@ def switched_hosts() -> Iterator[tuple[Host, Host, Host]]:
 
 
 @contextmanager
-def joined_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts; skips the test, by name, where there can be none."""
+def joined_hosts(limit: Sequence[str] = SLOW) -> Iterator[tuple[Host, Host]]:
+    """Two hosts; skips the test, by name, where there can be none.
+
+    :param limit: of the link between them.
+    """
     _require_hosts()
     near, far = (Host(f"inc{end}{os.getpid()}", f"192.0.2.{number}") for number, end in ((1, "a"), (2, "b")))
     with ExitStack() as stack:
@@ -124,9 +130,9 @@ def joined_hosts() -> Iterator[tuple[Host, Host]]:
                 _call("ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", host.name)
                 _call("ip", "-n", host.name, "link", "set", "lo", "up")
                 host.link("up")
-                _call("tc", "-n", host.name, "qdisc", "add", "dev", host.name, "root", *_bandwidth(RATE))
+                _call("tc", "-n", host.name, "qdisc", "add", "dev", host.name, "root", *limit)
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"needs two networks and a link: {' '.join(error.cmd)}: {error.stderr.strip()}")
+            pytest.skip(f"needs two networks and a link ({limit[0]}): {' '.join(error.cmd)}: {error.stderr.strip()}")
         yield near, far
 
 

@@ -81,9 +81,12 @@ def show_end(
 
     :param own: facts of the command's own, shown after the number of rounds.
     """
-    from incdump.cli.text import Fact, show_facts, time_text
+    from incdump.cli.text import Fact, bytes_text, show_facts, time_text
 
     facts = [Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else ""), *own]
+    deferred = result.rounds[-1].bytes_deferred if result.rounds else 0
+    if deferred:
+        facts.append(Fact("left for last", bytes_text(deferred), "written in every round"))
     if result.downtime is not None:
         facts.append(Fact("downtime", time_text(int(result.downtime * 1e6)), f"of {allowed_text(policy)} allowed"))
     facts.append(Fact("time in all", time_text(int(result.seconds * 1e6))))

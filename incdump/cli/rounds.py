@@ -33,6 +33,10 @@ _OTHER_LINES = 8
 """Of a terminal's lines: borders, headings, the step under way."""
 _NARROW = 90
 """Columns of a terminal that all the table's just fit into."""
+_MOST_NARROW = 9
+"""The most of the table's that fit into fewer."""
+_LEAST = ("pages", "copied/s")
+"""Those that are missed least."""
 _HEADINGS = ("round", "pages", "bytes", "time", "written/s", "copied/s", "downtime", "")
 _WIDTHS = (5, 10, 10, 9, 11, 11, 9, 0)
 _PARTS = {
@@ -117,6 +121,7 @@ class Rounds:
             if done.number == 1:
                 self._line(_HEADINGS)
             why = decision.why + (f", slowed down by {done.throttled:.0%}" if done.throttled else "")
+            why += f", {bytes_text(done.bytes_deferred)} left for the last dump" if done.bytes_deferred else ""
             self._line((*round_texts(done, decision, self._policy)[:-1], why))
 
     def progress(self, step: str, stats: DumpStats) -> None:
@@ -196,11 +201,18 @@ class Rounds:
         names = ["round", "pages", "bytes", "time", "written/s", "copied/s", "stopped now", _of(self._policy)]
         if any(done.throttled for done, _ in self._told):
             names.append("slowed")
-            texts = [
-                (*row, f"{done.throttled:.0%}" if done.throttled else "")
-                for row, (done, _) in zip(texts, shown, strict=True)
-            ]
-        table = Table.grid(padding=(0, 2 if self._console.width > _NARROW else 1))
+            more = [f"{done.throttled:.0%}" if done.throttled else "" for done, _ in shown]
+            texts = [(*row, text) for row, text in zip(texts, more, strict=True)]
+        if any(done.bytes_deferred for done, _ in self._told):
+            names.append("left for last")
+            more = [bytes_text(done.bytes_deferred) if done.bytes_deferred else "" for done, _ in shown]
+            texts = [(*row, text) for row, text in zip(texts, more, strict=True)]
+        kept = list(range(len(names)))
+        is_narrow = self._console.width <= _NARROW
+        if is_narrow and len(names) > _MOST_NARROW:
+            kept = [n for n in kept if names[n] not in _LEAST]
+        names, texts = [names[n] for n in kept], [tuple(row[n] for n in kept) for row in texts]
+        table = Table.grid(padding=(0, 1 if is_narrow else 2))
         for column in zip(*texts, strict=True):  # where there is no room, headings are wrapped, and numbers never
             table.add_column(justify="right", min_width=max(map(len, column)))
         table.add_row(*(Text(name, style="bold") for name in names))
@@ -208,7 +220,7 @@ class Rounds:
             table.add_row(Text("…"))
         for row, (_, decision) in zip(texts, shown, strict=True):
             cells = [Text(text) for text in row]
-            cells[7].stylize(_style(decision, self._policy))
+            cells[kept.index(7)].stylize(_style(decision, self._policy))
             table.add_row(*cells)
         return table
 

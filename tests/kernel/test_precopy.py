@@ -592,6 +592,20 @@ def test_the_command(rewriter: Callable[..., Target], images_root: Path) -> None
     assert_untouched(target)
 
 
+def test_the_text_has_what_was_left_for_the_last_dump(rewriter: Callable[..., Target], images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    target = rewriter(mib=1, rate=20_000)
+    options = ("--downtime", "1ms", "--max-rounds", 6)
+    done = command.incdump("precopy", "-t", target.pid, "-D", images_root / "chain", *options)
+    assert done.code == 0, done
+    assert " left for the last dump" in done.out
+    assert "left for last" in done.out
+    quiet = rewriter(mib=1)
+    done = command.incdump("precopy", "-t", quiet.pid, "-D", images_root / "quiet", *options)
+    assert done.code == 0, done
+    assert "left for" not in done.out
+
+
 def test_the_text_has_how_the_downtime_divides(rewriter: Callable[..., Target], images_root: Path) -> None:
     target = rewriter(mib=16)
     done = command.incdump("precopy", "-t", target.pid, "-D", images_root / "1", "--downtime", "5s", "-v")

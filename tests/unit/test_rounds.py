@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from functools import partial
 
 import anyio
 import pytest
@@ -31,6 +33,7 @@ def history(count: int) -> list[PrecopyRound]:
             pages_scanned=100_000,
             bytes_written=100 << 20,
             throttled=0.25 if n == 2 else 0.0,
+            bytes_deferred=(5 << 20) + n if n in (3, 4) else 0,
         )
         for n in range(count)
     ]
@@ -71,6 +74,24 @@ def test_without_a_terminal_there_is_a_line_for_each_round(capsys: Capture) -> N
     assert lines[0].split() == ["round", "pages", "bytes", "time", "written/s", "copied/s", "downtime"]
     assert lines[1].split()[:5] == ["1", "25,600", "100.0", "MiB", "450.0"]
     assert lines[3].endswith(", slowed down by 25%")
+
+
+def test_what_was_deferred_is_told_where_something_was(terminal: pytest.MonkeyPatch, capsys: Capture) -> None:
+    rounds = Rounds(Invocation(verbosity=1), POLICY, "title")
+    tell(rounds, 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(", 5.0 MiB left for the last dump") for line in lines] == [False] * 4 + [True] * 2
+
+    async def job(rounds: Rounds, count: int) -> None:
+        tell(rounds, count)
+
+    for count, times in ((3, 0), (5, 2)):
+        live(Invocation(), partial(job, count=count))
+        out = capsys.readouterr().out
+        left = re.sub("\x1b\\[[0-9;]*m", "", out[out.rindex("╭") :])
+        assert ("left for" in left) == bool(times)
+        assert left.count("5.0 MiB") == times
+        assert max(map(len, left.splitlines())) <= 80
 
 
 def test_with_json_there_is_an_object_for_each_round_and_nothing_else(

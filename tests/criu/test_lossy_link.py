@@ -1,0 +1,97 @@
+"""Over a link that takes 20 ms each way and loses every hundredth packet (netem): slow, and exact all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+import incdump
+from incdump import DumpOptions
+from tests import oracle
+from tests.criu.arrivals import receiving
+from tests.criu.criu import criu_path, restorable_churn
+from tests.criu.namespaces import in_own_namespaces
+from tests.criu.test_checkpoint import PRIVATE_OPS, is_crius
+from tests.criu.test_migrate import TWO_ROUNDS, runs_there
+from tests.hosts import page_server
+from tests.kernel.support import Chain, of_forced_tracker
+from tests.kernel.test_two_hosts import prove
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.criu.arrivals import There
+    from tests.criu.criu import RestorableTarget
+    from tests.hosts import Host
+    from tests.targets.build import Target
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600)]
+
+SILENCE = 60.0
+"""Seconds after which the other end is given up."""
+
+
+@in_own_namespaces
+def test_a_tree_moves_over_a_lossy_link(
+    lossy_hosts: tuple[Host, Host], images_root: Path, real_criu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a receiver that stores it, where every page is compared with the tree's; and to one that restores it."""
+    near, far = lossy_hosts
+    options = ("--timeout", SILENCE)
+    monkeypatch.setattr(oracle, "SHOWN", 10_000)
+    with (
+        receiving(images_root / "stored", "--no-restore", *options, host=far) as store,
+        receiving(images_root / "arriving", *options, host=far) as there,
+        near.inside(),
+        restorable_churn(images_root, seed=141, threads=2, processes=2, mib=8, ops=PRIVATE_OPS) as target,
+    ):
+        target.step(50)
+        assert move(target, far, store).outcome == "stored"
+        images = Path(store.migration()["images_dir"])
+        with oracle.stopped_tree(target.pid) as pids:
+            compared = oracle.compare(images, pids)
+            wrong = [finding for finding in compared.findings if not is_crius(images, finding, pids)]
+        assert not wrong, [str(finding) for finding in wrong]
+        assert compared.from_parents
+        assert len(incdump.check(images).levels) == int(images.name)
+        target.step(50)
+        assert move(target, far, there).outcome == "runs"
+        assert there.migration()["outcome"] == "runs"
+        runs_there(target, there)
+        target.quit()
+
+
+def move(target: RestorableTarget, host: Host, there: There) -> incdump.MigrateResult:
+    """To another host, the target at work between the rounds."""
+
+    async def moved() -> incdump.MigrateResult:
+        return await incdump.migrate(
+            *(target.pid, host.address, there.port),
+            policy=TWO_ROUNDS,
+            options=of_forced_tracker(DumpOptions(page_server_timeout=SILENCE)),
+            criu=str(criu_path()),
+            on_round=lambda *_: target.step(50),
+        )
+
+    result = anyio.run(moved, backend_options={"use_uvloop": True})
+    sent = sum(done.bytes_written for done in result.rounds)
+    print(f"{len(result.rounds)} rounds of {sent >> 20} MiB, {result.seconds:.1f} s, downtime {result.downtime:.2f} s")
+    return result
+
+
+def test_a_chain_of_a_page_server_over_a_lossy_link_is_exact(
+    churn: Callable[..., Target], lossy_hosts: tuple[Host, Host], images_root: Path
+) -> None:
+    near, far = lossy_hosts
+    with page_server(far, "-D", images_root / "served") as port, near.inside():
+        target = churn(seed=142, threads=2, processes=2, mib=4, free_run=True, dirty_rate=2000)
+        options = DumpOptions(page_server=(far.address, port), page_server_timeout=SILENCE)
+        chain = Chain(target, images_root, of_forced_tracker(options))
+        for _ in range(3):
+            anyio.run(chain.predump)
+        prove(chain, images_root / "served" / "4", finished=True)
+        target.check()
+        assert all(done.incremental for done in chain.rounds[1:])
