@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from incdump.holder.client import Keeper
     from incdump.images.new_dir import NewImagesDir
     from incdump.images.proved import ProvedChain
+    from incdump.model.hot import HotPages
     from incdump.model.options import WayName
     from incdump.model.stats import DumpResult, DumpStats
     from incdump.proc.tree import Task
@@ -138,14 +139,16 @@ class CheckpointRun(DumpRun):
         keeper: Keeper,
         progress: Callable[[str, DumpStats], None] | None,
         at_gate: AtGate | None = None,
+        hot: HotPages | None = None,
         proved: ProvedChain | None = None,
     ) -> None:
         """
         :param at_gate: called when all images are complete and the tree still stands; what it raises is raised, and the
             tree runs on.
+        :param hot: as for `DumpRun`.
         :param proved: as for `DumpRun`.
         """
-        super().__init__("dump", pid, images_dir, parent, options, keeper, progress, proved=proved)
+        super().__init__("dump", pid, images_dir, parent, options, keeper, progress, hot, proved)
         self._times = CheckpointTimes()
         self._at_gate = at_gate
         self._run: _Run | None = None

@@ -44,7 +44,7 @@ from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inve
 from incdump.images.new_dir import INVENTORY, SIDECAR, NewImagesDir
 from incdump.images.stats import encode_stats
 from incdump.model.options import DumpOptions
-from incdump.model.runs import PAGE_SIZE
+from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import boot_id
 from incdump.proc.pagemap import make_reader
@@ -139,7 +139,7 @@ class DumpRun:
         proved: ProvedChain | None = None,
     ) -> None:
         """
-        :param hot: of a pre-dump in a loop: pages that are written in every round are left to a later dump.
+        :param hot: of the dumps of a loop: pages that are written in every round are left by pre-dumps to a later dump.
         :param proved: what the caller has proved of the chain that it makes; None: all of it is proved anew.
         """
         self._kind: Kind = kind
@@ -150,6 +150,7 @@ class DumpRun:
         self._keeper = keeper
         self._progress = progress
         self._hot = hot if kind == "pre-dump" else None  # nothing comes after a dump
+        self._rounds = hot
         self._proved = proved
         self._stats = DumpStats()
         self._warn = Warn()
@@ -366,7 +367,7 @@ class DumpRun:
                 process.lay_out()
         for process, look in zip(ahead, found, strict=True):
             process.ahead = look.result()
-            process.make_room()
+            process.make_room(empty_runs() if self._rounds is None else self._rounds.left(process.identity))
 
     def _take_up_frozen(self) -> None:
         processes = self._find_tree()

@@ -307,9 +307,9 @@ class Loop:
             if self._policy.final == "checkpoint":
                 from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
-                run = CheckpointRun(*arguments, at_gate=self._at_gate(number), proved=self._proved)
+                run = CheckpointRun(*arguments, self._at_gate(number), self._hot, self._proved)
                 return await run.with_criu(criu, criu_options, "auto")
-            return await DumpRun("dump", *arguments, proved=self._proved).run()
+            return await DumpRun("dump", *arguments, self._hot, self._proved).run()
         finally:
             keeper.close()
 

@@ -20,7 +20,7 @@ from incdump.engine.pages_image import PagesImage
 from incdump.engine.watch import ParentImages, Watch
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
-from incdump.model.runs import PAGE_SIZE, canonical, empty_runs
+from incdump.model.runs import PAGE_SIZE, canonical, empty_runs, page_count, union
 from incdump.model.vmas import Prot, VmaFlag, VmaKind
 from incdump.proc.maps import read_vmas, reread_vmas
 from incdump.proc.memory import ProcessMemory
@@ -152,15 +152,17 @@ class ProcessDump:
         with contextlib.suppress(NoSuchTarget):
             self._image = self._new_image()
 
-    def make_room(self) -> None:
+    def make_room(self, left: Runs) -> None:
         """Have the pages image ready for as many pages as were written so far, of an incremental dump. Blocks.
 
         Done before the freeze: to get memory for the page cache takes longer than to fill it.
+
+        :param left: pages that have to be copied in any case.
         """
         if self.exited or not self.incremental or self.ahead is None:
             return
         with contextlib.suppress(TargetExited):
-            if pages := self._watch.count_written(self.ahead.known.vmas):
+            if pages := page_count(union(self._watch.written_so_far(self.ahead.known.vmas), left)):
                 self._image = self._new_image()
                 self._image.make_room(pages + pages // 8)
 

@@ -225,13 +225,14 @@ class _SessionLoop(Loop):
 
     async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
         path = self._path / str(number)
-        if self._policy.final == "dump":
-            return await self._session.dump(path, options=self._options, progress=self._note_freezing)
-        from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
         def make(text: str | None) -> Awaitable[DumpResult]:
-            keeper, proved = self._session._keeper, self._proved
-            run = CheckpointRun(self._pid, path, text, self._options, keeper, self._note_freezing, proved=proved)
+            arguments = (self._pid, path, text, self._options, self._session._keeper, self._note_freezing)
+            if self._policy.final == "dump":
+                return DumpRun("dump", *arguments, self._hot, self._proved).run()
+            from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
+
+            run = CheckpointRun(*arguments, hot=self._hot, proved=self._proved)
             return run.with_criu(criu, criu_options, "auto")
 
         return await self._session._run(path, _LAST, make)

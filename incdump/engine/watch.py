@@ -22,7 +22,7 @@ from incdump.errors import (
     TargetExited,
     TargetUnsuitable,
 )
-from incdump.model.runs import page_addresses
+from incdump.model.runs import empty_runs, page_addresses
 from incdump.proc.identity import is_exiting, read_stat
 from incdump.proc.pagemap import pmes_at
 from incdump.proc.pagemap.pme import PME_PRESENT
@@ -206,12 +206,12 @@ class Watch:
             self._untrusted = True
             return None
 
-    def count_written(self, vmas: VmaTable) -> int:
-        """About how many pages were written so far, where that is quick to find out; else 0. Nothing is cleared.
+    def written_so_far(self, vmas: VmaTable) -> Runs:
+        """About what was written so far, where that is quick to find out; else nothing. Nothing is cleared.
 
         :raises incdump.errors.TargetExited: the process is gone.
         """
-        return 0 if self._round is None else self._round.count_written(vmas)
+        return empty_runs() if self._round is None else self._round.written_so_far(vmas)
 
     def windows(self, vmas: VmaTable, watched: NDArray[np.bool_], *, in_parent: Runs | None) -> Iterator[Window]:
         """Read what is populated and, of watched mappings, what was written; the answer is cleared with the reading.

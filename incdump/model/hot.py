@@ -33,6 +33,7 @@ class HotPages:
 
     def __init__(self) -> None:
         self._rounds: dict[Process, tuple[Runs, ...]] = {}
+        self._left: dict[Process, Runs] = {}
 
     def before(self, process: Process) -> Runs:
         """The pages that were written in each of the rounds that count, but for the one that is being made.
@@ -48,9 +49,14 @@ class HotPages:
         :param written: what was written of each process, canonical. A process that is missing, because no tracker could
             tell, begins anew.
         """
+        self._left = {process: intersect(self.before(process), runs) for process, runs in written.items()}
         self._rounds = {
             process: (*self._rounds.get(process, ()), runs)[-(ROUNDS - 1) :] for process, runs in written.items()
         }
+
+    def left(self, process: Process) -> Runs:
+        """The pages that the last round has left out: the next dump has to copy them, written once more or not."""
+        return self._left.get(process, empty_runs())
 
     def written(self, pid: int) -> Runs:
         """What was written of a process in the last round."""

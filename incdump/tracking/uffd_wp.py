@@ -29,7 +29,7 @@ from incdump._uapi import userfaultfd as uapi
 from incdump._uapi.pagemap_scan import PM_SCAN_WP_MATCHING
 from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge, merge_into
-from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_runs, page_count, subtract
+from incdump.model.runs import PAGE_SIZE, canonical, clip, empty_regions, empty_runs, subtract
 from incdump.model.vmas import VmaFlag, VmaKind
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import ScanReader
@@ -118,11 +118,12 @@ class UffdWpRound:
             raise
         return True
 
-    def count_written(self, vmas: VmaTable) -> int:
-        """About how many pages the next scan will find written; nothing is cleared."""
+    def written_so_far(self, vmas: VmaTable) -> Runs:
+        """About what the next scan will find written; nothing is cleared."""
         scan = ScanReader(inverted=_NOT_OURS, mask=PageIs.WRITTEN | _NOT_OURS, anyof=PageIs.PRESENT | PageIs.SWAPPED)
         wanted = vmas.select(vmas.of_kind(*_TRACKABLE))
-        return sum(page_count(window.regions) for window in scan.windows(self._pagemap_fd, wanted))
+        found = [window.regions[:, :2] for window in scan.windows(self._pagemap_fd, wanted)]
+        return canonical(np.concatenate([empty_runs(), *found]))
 
     def windows(
         self,

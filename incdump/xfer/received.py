@@ -275,8 +275,8 @@ class ReceivedImages:
 
 
 def _check_number(image: Image) -> None:
-    highest = _HIGHEST_PID if image.kind == "pagemap" else 1 << 56
-    if not 0 < image.number < highest:
+    lowest, highest = (1, _HIGHEST_PID) if image.kind == "pagemap" else (0, 1 << 56)  # those of System V begin with 0
+    if not lowest <= image.number < highest:
         raise ProtocolError(f"the client names {image.kind}-{image.number}, which cannot be")
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from incdump.images.new_dir import NewImagesDir
     from incdump.model.runs import Runs
 
-_PAGEMAP = re.compile(r"(pagemap|pagemap-shmem)-([1-9]\d{0,18})\.img")
+_PAGEMAP = re.compile(r"(pagemap(?=-[1-9])|pagemap-shmem)-(0|[1-9]\d{0,18})\.img")  # System V numbers from 0
 _MOST_INVENTORY = 1 << 20
 _MOST_SIDECAR = 64 << 20
 _MOST_PAGEMAP = 32 * MOST_RUNS

@@ -328,7 +328,7 @@ def test_pages_are_where_the_client_said_however_they_came(tmp_path: Path, tcp: 
         assert client.is_done(zeros(1, 367, 8, ANSWER))
         client.send(size(1, 375), size(2, 5))
         client.send(pagemap(1, (0, 300, PRESENT), (500, 75, PRESENT)))
-        client.send(pagemap(2, (0, 5, PRESENT), name="pagemap-shmem-77.img"))
+        client.send(pagemap(2, (0, 5, PRESENT), name="pagemap-shmem-0.img"))
         assert client.end() == DONE
         assert server.outcome() == Received(images=2, pages=380)
     assert pages(tmp_path / "1") == one + bytes(44 * PAGE) + two + three + bytes(8 * PAGE)
@@ -570,6 +570,7 @@ BAD_MESSAGES = {
     "sends mm-42.img twice": file("mm-42.img", b"x") + file("mm-42.img", b"y"),
     "sends inventory.img twice": file("inventory.img", INVENTORY) + file("inventory.img", b""),
     "an inventory that is larger than": file("inventory.img", bytes(MIB - 13), 0) + file("inventory.img", bytes(14)),
+    "pagemap-0.img, which cannot be": pagemap(1, name="pagemap-0.img"),
     "pagemap-042.img, which cannot be": pagemap(1, name="pagemap-042.img"),
     "pagemap-shmem-x.img, which cannot be": pagemap(1, name="pagemap-shmem-x.img"),
 }

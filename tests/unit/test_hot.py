@@ -25,11 +25,16 @@ def test_hot_is_what_was_written_in_all_of_the_rounds_that_count(
             counted = [pages for pages in last if pages is not None]
             expected = set.intersection(*counted) if len(counted) == ROUNDS - 1 else set()
             assert pages_of(hot.before(process)) == expected
+            all_of_them = [done[process] for done in rounds[:number]][-ROUNDS:]
+            counted = [pages for pages in all_of_them if pages is not None]
+            expected = set.intersection(*counted) if len(counted) == ROUNDS else set()
+            assert pages_of(hot.left(process)) == expected
 
 
 def test_nothing_is_hot_before_the_first_round() -> None:
     assert not len(HotPages().before((7, 100)))
     assert not len(HotPages().written(7))
+    assert not len(HotPages().left((7, 100)))
 
 
 def test_a_process_is_told_from_an_earlier_one_of_its_pid() -> None:

@@ -125,7 +125,8 @@ def write_parent(path: Path, images: dict[int, list[tuple[int, bytes]]]) -> None
 
 
 @LAYOUTS
-def test_pages_are_where_the_client_said(tmp_path: Path, layout: int) -> None:
+@pytest.mark.parametrize("number", [77, 0])
+def test_pages_are_where_the_client_said(tmp_path: Path, layout: int, number: int) -> None:
     sent = {BASE: noise(3), BASE + 3 * PAGE: noise(1), BASE + 100 * PAGE: noise(200), BASE + 900 * PAGE: noise(1)}
     shared = noise(7)
     server = Server(tmp_path / "1")
@@ -134,7 +135,7 @@ def test_pages_are_where_the_client_said(tmp_path: Path, layout: int) -> None:
     assert client.open(process(PID)) == 0
     for vaddr, data in sent.items():
         client.pages(vaddr, data)
-    assert client.open(segment(77)) == 0
+    assert client.open(segment(number)) == 0
     client.pages(0, shared)
     assert client.end() == bytes(4)
     assert server.outcome() == Received(images=2, pages=212)
@@ -145,7 +146,7 @@ def test_pages_are_where_the_client_said(tmp_path: Path, layout: int) -> None:
     for vaddr, data in sent.items():
         assert images.read(PID, vaddr, len(data)) == data
     out = np.empty(len(shared), np.uint8)
-    images.read_shmem_pages(77, np.array([[0, len(shared)]], np.uint64), out)
+    images.read_shmem_pages(number, np.array([[0, len(shared)]], np.uint64), out)
     assert out.tobytes() == shared
     assert json.loads((tmp_path / "1" / "incdump-received.json").read_text()) == {
         "version": 1,
