@@ -28,11 +28,16 @@ if TYPE_CHECKING:
 
 RATE = "200mbit"
 BURST, LATENCY = "256kb", "50ms"
-SLOW = ("tbf", "rate", RATE, "burst", BURST, "latency", LATENCY)
 LOSSY = ("netem", "delay", "20ms", "loss", "1%", "limit", "5000")
 """What a link does to the packets of either direction, as tc(8) has it. netem needs a kernel that has it."""
 CLONE_NEWNET = 0x40000000
 
+
+def _bandwidth(rate: str) -> tuple[str, ...]:
+    return ("tbf", "rate", rate, "burst", BURST, "latency", LATENCY)
+
+
+SLOW = _bandwidth(RATE)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -146,10 +151,6 @@ def page_server(host: Host, *options: object) -> Iterator[int]:
     finally:
         server.kill()
         server.communicate()
-
-
-def _bandwidth(rate: str) -> tuple[str, ...]:
-    return ("tbf", "rate", rate, "burst", BURST, "latency", LATENCY)
 
 
 def _call(*command: str) -> None:
