@@ -24,6 +24,7 @@ from incdump.model.regions import PageIs, Window
 from incdump.model.vmas import VmaKind, VmaTable
 from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import CacheReader, PagemapReader, PlainReader, ScanReader, make_reader
+from incdump.proc.pagemap.reader import helper
 from tests.kernel.victims import victim
 
 if TYPE_CHECKING:
@@ -429,6 +430,24 @@ def test_a_reader_may_be_used_by_many_threads_at_once(kind: type[PagemapReader])
 
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(again, range(4))) == [True] * 4
+
+
+def test_the_cache_does_not_wait_for_a_second_thread_that_gets_no_processor() -> None:
+    size = 64 << 20
+    base = mapping.map_anonymous(size)
+    has_a_processor = threading.Event()
+    busy = helper().submit(has_a_processor.wait, 20)
+    try:
+        for page in range(0, size, 7 * PAGE):
+            mapping.write_byte(base + page, 1)
+        vmas = private_vmas(os.getpid())
+        vmas = vmas.select((vmas.start <= base) & (base < vmas.end))
+        found, expected = (windows_of(reader, os.getpid(), vmas) for reader in (CacheReader(), PlainReader()))
+        assert not busy.done()
+        assert np.array_equal(*(np.concatenate([w.regions for w in windows]) for windows in (found, expected)))
+    finally:
+        has_a_processor.set()
+        mapping.unmap(base, size)
 
 
 def test_auto_is_the_scan_where_the_kernel_has_it() -> None:

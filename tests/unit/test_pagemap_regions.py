@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 from functools import reduce
 from itertools import pairwise
 from operator import or_
@@ -21,7 +22,7 @@ from incdump.proc.maps import parse_maps
 from incdump.proc.pagemap import ScanReader, scan
 from incdump.proc.pagemap.entries import PIECE, pieces
 from incdump.proc.pagemap.pme import clip_to, regions_of_pmes
-from incdump.proc.pagemap.reader import join_near
+from incdump.proc.pagemap.reader import helper, join_near
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -290,7 +291,7 @@ def test_two_threads_find_what_one_does(monkeypatch: pytest.MonkeyPatch, at_once
 @pytest.mark.parametrize("bad", [0x20000, 0x5F000])
 def test_when_one_of_two_threads_fails_what_the_other_took_is_told(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     in_small_steps(monkeypatch, 1000, 1000)
-    FakeKernel(monkeypatch, at_once=1000, fail_in=bad, number=errno.ENOMEM)
+    kernel = FakeKernel(monkeypatch, at_once=1000, fail_in=bad, number=errno.ENOMEM)
     told: list[Regions] = []
     failed: list[tuple[int, int]] = []
     reader = ScanReader(flags=1, on_regions=told.append, on_failure=lambda lo, hi: failed.append((lo, hi)))
@@ -300,7 +301,23 @@ def test_when_one_of_two_threads_fails_what_the_other_took_is_told(monkeypatch: 
     ((lo, hi),) = failed
     halves.remove((lo, hi))
     assert lo <= bad < hi
-    assert sorted(by_page(np.concatenate(told))) == list(range(*halves[0], 2 * PAGE))
+    taken = [start for start, _, _ in kernel.calls]  # the second thread need not have begun
+    expected = list(range(*halves[0], 2 * PAGE)) if halves[0][0] in taken else []
+    assert sorted(page for regions in told for page in by_page(regions)) == expected
+
+
+def test_a_second_thread_that_gets_no_processor_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_small_steps(monkeypatch, 1000, 1000)
+    kernel = FakeKernel(monkeypatch, at_once=1000)
+    has_a_processor = threading.Event()
+    busy = helper().submit(has_a_processor.wait, 20)
+    try:
+        (window,) = ScanReader().windows(-1, vmas((0x20000, 0x60000, "")))
+        assert not busy.done()
+    finally:
+        has_a_processor.set()
+    assert sorted(by_page(window.regions)) == list(range(0x20000, 0x60000, 2 * PAGE))
+    assert [start for start, _, _ in kernel.calls] == [0x20000, 0x40000]
 
 
 def test_a_sparse_mapping_is_scanned_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

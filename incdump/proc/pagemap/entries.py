@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from concurrent.futures import wait
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +17,7 @@ from incdump.proc.pagemap.pme import clip_to, regions_of_pmes
 from incdump.proc.pagemap.reader import Spare, address_space_gone, helper, join_near, wanted_spans
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -27,6 +29,7 @@ PIECE = 32 << 20
 
 _BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB of pagemap stay in the L2 cache
 _WORTH_TWO_THREADS = 64 << 10  # bytes of pagemap: what the kernel needs a quarter of a millisecond for
+_PARTS = 8  # in which two threads share the work
 _LONG = 8 << 10  # bytes of pagemap in one pread, on average: shorter ones have the threads fight for the GIL
 
 
@@ -56,46 +59,48 @@ def _batches(segments: Runs) -> Iterator[Runs]:
 def _read_pmes(fd: int, segments: Runs, buffer: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Read the PMEs of all segments into the buffer, a pread each, back to back.
 
-    Long segments are read by two threads, half the entries each: the kernel works all that time, and holds nothing that
-    the other thread would wait for.
+    Long segments are read by two threads, from both ends, until they meet: the kernel works all that time, and holds
+    nothing that the other thread would wait for. So nobody waits for a thread that gets no processor.
 
     :raises TargetExited: the address space is gone.
     """
     view = buffer.data.cast("B")
+    pages = int(((segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT)).sum())
+    two_threads = 8 * pages >= max(_WORTH_TWO_THREADS, len(segments) * _LONG)
+    if two_threads:
+        segments = pieces(segments, -(-pages // _PARTS) << PAGE_SHIFT)
     offsets = segments[:, 0] >> np.uint64(PAGE_SHIFT - 3)
     lengths = (segments[:, 1] - segments[:, 0]) >> np.uint64(PAGE_SHIFT - 3)
-    size = int(lengths.sum())
-    if size < _WORTH_TWO_THREADS or size < len(segments) * _LONG:
-        _read_each(fd, view, 0, offsets.tolist(), lengths.tolist())
-        return buffer[: size >> 3]
-    ends = np.cumsum(lengths)
-    half = size >> 4 << 3
-    middle = int(ends.searchsorted(half, "right"))
-    into = half - (int(ends[middle - 1]) if middle else 0)  # of the segment in the middle
-    first = [*lengths[:middle].tolist(), into]
-    second = lengths[middle:].tolist()
-    second[0] -= into
-    rest = offsets[middle:].tolist()
-    rest[0] += into
-    other = helper().submit(_read_each, fd, view, half, rest, second)
+    positions = np.cumsum(lengths) - lengths
+    work = deque(zip(positions.tolist(), offsets.tolist(), lengths.tolist(), strict=True))
+    other = helper().submit(_read_each, fd, view, work.pop) if two_threads else None
     try:
-        _read_each(fd, view, 0, offsets[: middle + 1].tolist(), first)
+        _read_each(fd, view, work.popleft)
     finally:
-        wait([other])  # it writes to the buffer
-    other.result()
-    return buffer[: size >> 3]
+        work.clear()
+        if other is not None and not other.cancel():
+            wait([other])  # it writes to the buffer
+    if other is not None and not other.cancelled():
+        other.result()
+    return buffer[:pages]
 
 
-def _read_each(fd: int, view: memoryview, position: int, offsets: list[int], lengths: list[int]) -> None:
+def _read_each(fd: int, view: memoryview, take: Callable[[], tuple[int, int, int]]) -> None:
+    """Read pieces until there are no more.
+
+    :param take: gives the next: where it goes, where it is, how many bytes; IndexError: none is left.
+    """
     preadv = os.preadv
-    for offset, length in zip(offsets, lengths, strict=True):
-        end = position + length
-        while position < end:
-            n = preadv(fd, (view[position:end],), offset)
-            if n <= 0:
-                raise address_space_gone()
-            position += n
-            offset += n
+    with suppress(IndexError):
+        while True:
+            position, offset, length = take()
+            end = position + length
+            while position < end:
+                n = preadv(fd, (view[position:end],), offset)
+                if n <= 0:
+                    raise address_space_gone()
+                position += n
+                offset += n
 
 
 def pmes_at(pagemap_fd: int, runs: Runs) -> NDArray[np.uint64]:

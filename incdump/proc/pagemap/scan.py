@@ -198,8 +198,12 @@ class ScanReader:
                 try:
                     regions, walked = self._scan(fd, start, middle, buffers[0], most, masks)
                 finally:
-                    wait([other])
-                more, start = other.result()
+                    if not other.cancel():  # that thread has got a processor by now
+                        wait([other])
+                if other.cancelled():
+                    more, start = self._scan(fd, middle, stop, buffers[1], most, masks)
+                else:
+                    more, start = other.result()
                 # Where hardly anything is populated, a step goes eight times as far as the last.
                 wide = 8 * wide if 8 * (page_count(regions) + page_count(more)) < wide * most else 1
                 more = more.copy()
