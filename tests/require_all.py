@@ -20,6 +20,7 @@ EXCUSED = (
     r"soft-dirty",  # a kernel with CONFIG_MEM_SOFT_DIRTY: not on this kernel, nor on any aarch64
     r"\b(aarch64|x86_64)\b",  # the other architecture
     r"hugetlb",  # huge pages, where none can be reserved
+    r"\(netem\)",  # a kernel without it: tests/guest/kernel_tests makes sure that the guest's has it
     r"PostgreSQL is tested in the guest",  # tests/guest/kernel_tests: there a skip of it is a failure
 )
 
