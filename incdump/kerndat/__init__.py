@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from incdump.kerndat.access import kcmp, map_files, pidfd_getfd, proc_mem_force, process_vm_readv
+from incdump.kerndat.access import kcmp, map_files, pidfd_getfd, proc_mem_force, process_vm_readv, vma_flags
 from incdump.kerndat.pagemap import (
     page_frame_numbers,
     pagemap_scan,
@@ -41,6 +41,7 @@ __all__ = [
     "soft_dirty_moves",
     "uffd_wp_async",
     "userfaultfd_user_mode",
+    "vma_flags",
     "watches_droppable",
     "zero_page_pfn",
 ]
@@ -62,6 +63,7 @@ class Kerndat:
     kcmp: Feature
     proc_mem_force: Feature
     page_frame_numbers: Feature
+    vma_flags: Feature
 
     def features(self) -> tuple[Feature, ...]:
         """All of them, in order."""
@@ -69,7 +71,7 @@ class Kerndat:
 
 
 def probe() -> Kerndat:
-    """Try everything; a few milliseconds the first time."""
+    """Try everything; a tenth of a second the first time."""
     return Kerndat(
         pagemap_scan=pagemap_scan(),
         pagemap_scan_guard=pagemap_scan_guard(),
@@ -83,4 +85,5 @@ def probe() -> Kerndat:
         kcmp=kcmp(),
         proc_mem_force=proc_mem_force(),
         page_frame_numbers=page_frame_numbers(),
+        vma_flags=vma_flags(),
     )

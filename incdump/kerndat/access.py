@@ -7,13 +7,15 @@ from functools import cache
 
 import numpy as np
 
-from incdump._uapi import mapping
+from incdump._uapi import bpf, mapping
 from incdump._uapi.arch import ARCH
 from incdump._uapi.kcmp import KCMP_VM, order
 from incdump._uapi.libc import syscall
 from incdump._uapi.memory import process_vm_readv as readv
 from incdump.kerndat.trying import FailedError, Feature, opened, pages_for_a_while, try_feature
 from incdump.model.runs import PAGE_SIZE
+
+_VM_READ, _VM_READ_WRITE_EXEC = 1, 7
 
 
 @cache
@@ -117,4 +119,29 @@ def proc_mem_force() -> Feature:
         attempt,
         then="pages of mappings without PROT_READ are read as well",
         otherwise="pages of mappings without PROT_READ may be unreadable; that is an error when a dump meets one",
+    )
+
+
+@cache
+def vma_flags() -> Feature:
+    """The flags of mappings through a BPF iterator."""
+
+    def attempt() -> str:
+        program = bpf.load_vma_iterator()
+        try:
+            with pages_for_a_while(1) as address:
+                mapping.protect(address, PAGE_SIZE, mapping.PROT_READ)
+                told = [flags for start, end, flags in bpf.iterate_vmas(program, os.getpid()) if start <= address < end]
+        finally:
+            os.close(program)
+        if [flags & _VM_READ_WRITE_EXEC for flags in told] != [_VM_READ]:
+            raise FailedError("the flags of an own mapping are not what they are")
+        return "read those of an own mapping"
+
+    return try_feature(
+        "vma_flags",
+        "flags of mappings through a BPF iterator (Linux 6.1, CONFIG_DEBUG_INFO_BTF; CAP_BPF and CAP_PERFMON)",
+        attempt,
+        then="a checkpoint's CRIU does not read smaps of big processes",
+        otherwise="a checkpoint stops its tree for 8 to 17 ms more for each GiB of memory",
     )
