@@ -44,6 +44,10 @@ parent has, and gives up."""
 _SECONDS = 300
 
 
+TRIES_AGAIN = "Zombies with threads"
+"""What CRIU says of a thread that exits in the very moment of its freeze; it works a moment later."""
+
+
 class CriuFailed(AssertionError):
     """CRIU did not end with 0; the text has what it logged as errors."""
 
@@ -92,7 +96,13 @@ def dump(pid: int, images: Path, *options: str | os.PathLike[str]) -> None:
 
     :raises CriuFailed: with the errors that it logged.
     """
-    criu("dump", images, "--tree", str(pid), *options)
+    command = ("dump", images, "--tree", str(pid), *options)
+    try:
+        criu(*command)
+    except CriuFailed as error:
+        if TRIES_AGAIN not in str(error):
+            raise
+        criu(*command)
 
 
 def restore(images: Path, *options: str | os.PathLike[str]) -> None:

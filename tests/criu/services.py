@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.command import incdump
-from tests.criu.criu import exists, until
+from tests.criu.criu import TRIES_AGAIN, exists, until
 from tests.criu.fetch import fetch_criu_for_sockets, fetch_program
 from tests.guest.debian import CannotFetchError
 from tests.oracle import tree
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 TCP_LIVES_ON = ("--tcp-established", "--network-lock", "nftables")
 """Options for CRIU: connections are restored, and nobody notices that nobody was there."""
-_CRIU_TRIES_AGAIN = "Zombies with threads"
-"""What CRIU says of a thread that exits in the very moment of its freeze; it works a moment later."""
 
 
 @functools.cache
@@ -208,7 +206,7 @@ class Service:
         images = self._images / str(self._levels + 1)
         command = (kind, "-t", self.pid, "-D", images, *parent, *tracker, "--json", *options)
         done = incdump(*command)
-        if done.code and _CRIU_TRIES_AGAIN in done.err:
+        if done.code and TRIES_AGAIN in done.err:
             done = incdump(*command)
         assert done.code == 0, done
         self._levels += 1
