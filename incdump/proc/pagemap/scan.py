@@ -30,9 +30,9 @@ _SCAN_PAGES = 512 << 20 >> PAGE_SHIFT
 _FIRST_SCAN_PAGES = 8 << 20 >> PAGE_SHIFT  # the writers wait for the first window
 _ALL_PAGES = 1 << 52
 _FEW_PAGES = 64 << 20 >> PAGE_SHIFT  # are scanned before it is worth beginning to write
-_WORTH_TWO_THREADS = 32 << 20 >> PAGE_SHIFT
+_WORTH_TWO_THREADS = 256 << 20 >> PAGE_SHIFT
 _MOST_FILE_STRETCHES = 64
-_WORTH_A_CALL = 64 << 20 >> PAGE_SHIFT
+_WORTH_A_CALL = 32 << 20 >> PAGE_SHIFT
 
 
 def _check_there(pagemap_fd: int, address: int) -> None:
