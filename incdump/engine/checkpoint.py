@@ -181,7 +181,18 @@ class CheckpointRun(DumpRun):
             )
         pipeline = self._pipeline()
         buffer = make_buffer(CHUNK_PAGES)
-        await in_thread(self._prepare_tree, break_off=self._break_off)
+        try:
+            await in_thread(self._prepare_tree, break_off=self._break_off)
+            await self._dump_somehow(images, pipeline, buffer)
+        finally:
+            if self._smaps is not None:
+                self._smaps.close()
+
+    async def _dump_somehow(self, images: NewImagesDir, pipeline: Pipeline, buffer: NDArray[np.uint8]) -> None:
+        """By the best way that there is.
+
+        :raises incdump.errors.LeashUnusable: the only one that may be tried cannot be had.
+        """
         ways: tuple[WayName, ...] = ("leash", "lazy-pages") if self._way == "auto" else (self._way,)
         self._times.why = "it stops the tree least" if self._way == "auto" else "as asked for"
         for way in ways:
@@ -195,18 +206,15 @@ class CheckpointRun(DumpRun):
                 self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
             else:
                 return
-            finally:
-                if self._smaps is not None:
-                    self._smaps.close()
 
     def _prepare_tree(self) -> None:
         with ThreadPoolExecutor(1) as beside:
             smaps = beside.submit(self._open_smaps)
             super()._prepare_tree()
-        self._smaps = smaps.result()
+        smaps.result()
 
-    def _open_smaps(self) -> ShortSmaps | None:
-        """What CRIU is told the mappings by; None if it is to read them itself."""
+    def _open_smaps(self) -> None:
+        """Make what CRIU is told the mappings by, unless it is to read them itself."""
         if self._way == "lazy-pages":
             why = "nobody listens to it"
         elif not uses_short_smaps(self._criu.version):
@@ -215,11 +223,11 @@ class CheckpointRun(DumpRun):
             why = "the processes are small"
         else:
             try:
-                return ShortSmaps()
+                self._smaps = ShortSmaps()
+                return
             except OSError as error:
                 why = f"the kernel does not tell their flags otherwise ({error})"
         self._times.mappings = f"read by CRIU: {why}"
-        return None
 
     async def _dump_by(self, way: WayName, images: NewImagesDir, pipeline: Pipeline, buffer: NDArray[np.uint8]) -> None:
         """:raises incdump.errors.LeashUnusable: nothing has come of it, another way may be tried."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from incdump.criu import leash
 from incdump.criu.program import find
 from incdump.engine import checkpoint as engine
 from incdump.engine.checkpoint import CheckpointRun
+from incdump.engine.dump import DumpRun
 from incdump.proc.short_smaps import ShortSmaps
 from tests import oracle
 from tests.command import environment
@@ -133,12 +135,22 @@ def test_what_criu_is_told_is_what_it_would_have_read(images_root: Path) -> None
     compared: list[int] = []
     read = ShortSmaps.read
 
-    def read_and_compare(self: ShortSmaps, pid: int) -> bytes:
-        text = read(self, pid)
+    def smaps(pid: int) -> bytes:
         lines = Path(f"/proc/{pid}/smaps").read_bytes().split(b"\n")
         wanted = [line for line in lines if line.startswith(b"VmFlags:") or b"-" in line.split(b" ", 1)[0]]
+        return b"\n".join([*wanted, b""])
+
+    def read_and_compare(self: ShortSmaps, pid: int) -> bytes:
+        while True:  # incdump begins, or ceases, to watch the mappings of one process while CRIU looks at another
+            before = smaps(pid)
+            try:
+                text = read(self, pid)
+            except BlockingIOError:
+                continue
+            if smaps(pid) == before:
+                break
         compared.append(pid)
-        assert text == b"\n".join([*wanted, b""])
+        assert text == before
         return text
 
     with (
@@ -201,6 +213,28 @@ def test_where_it_cannot_be_told_criu_reads_smaps_and_the_result_says_why(images
 
 
 # --- when something goes wrong ----------------------------------------------------------------------------------------
+
+
+def _behind(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # what listed them
+        return ""
+
+
+def no_preparation(_: object) -> None:
+    raise incdump.TargetExited("made up")
+
+
+@in_own_namespaces
+def test_a_checkpoint_that_cannot_be_prepared_leaves_nothing_open(images_root: Path) -> None:
+    with restorable_churn(images_root, seed=29) as target, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DumpRun, "_prepare_tree", no_preparation)
+        with pytest.raises(incdump.TargetExited, match="made up"):
+            checkpoint(target, images_root / "1")
+        assert not [fd for fd in os.listdir("/proc/self/fd") if "bpf" in _behind(fd)]
+        target.quit()
+
 
 KILLED_AT = """
 import os, signal, sys
