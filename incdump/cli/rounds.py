@@ -120,8 +120,9 @@ class Rounds:
         else:
             if done.number == 1:
                 self._line(_HEADINGS)
-            why = decision.why + (f", slowed down by {done.throttled:.0%}" if done.throttled else "")
-            why += f", {bytes_text(done.bytes_deferred)} left for the last dump" if done.bytes_deferred else ""
+            slowed, left = _slowed(done), _left_for_last(done)
+            why = decision.why + (f", slowed down by {slowed}" if slowed else "")
+            why += f", {left} left for the last dump" if left else ""
             self._line((*round_texts(done, decision, self._policy)[:-1], why))
 
     def progress(self, step: str, stats: DumpStats) -> None:
@@ -199,14 +200,10 @@ class Rounds:
         shown = self._told[-rows:]
         texts = [round_texts(done, decision, self._policy) for done, decision in shown]
         names = ["round", "pages", "bytes", "time", "written/s", "copied/s", "stopped now", _of(self._policy)]
-        if any(done.throttled for done, _ in self._told):
-            names.append("slowed")
-            more = [f"{done.throttled:.0%}" if done.throttled else "" for done, _ in shown]
-            texts = [(*row, text) for row, text in zip(texts, more, strict=True)]
-        if any(done.bytes_deferred for done, _ in self._told):
-            names.append("left for last")
-            more = [bytes_text(done.bytes_deferred) if done.bytes_deferred else "" for done, _ in shown]
-            texts = [(*row, text) for row, text in zip(texts, more, strict=True)]
+        for name, told_of in (("slowed", _slowed), ("left for last", _left_for_last)):
+            if any(told_of(done) for done, _ in self._told):
+                names.append(name)
+                texts = [(*row, told_of(done)) for row, (done, _) in zip(texts, shown, strict=True)]
         kept = list(range(len(names)))
         is_narrow = self._console.width <= _NARROW
         if is_narrow and len(names) > _MOST_NARROW:
@@ -223,6 +220,14 @@ class Rounds:
             cells[kept.index(7)].stylize(_style(decision, self._policy))
             table.add_row(*cells)
         return table
+
+
+def _slowed(done: PrecopyRound) -> str:
+    return f"{done.throttled:.0%}" if done.throttled else ""
+
+
+def _left_for_last(done: PrecopyRound) -> str:
+    return bytes_text(done.bytes_deferred) if done.bytes_deferred else ""
 
 
 def round_texts(done: PrecopyRound, decision: Decision, policy: PrecopyPolicy) -> tuple[str, ...]:

@@ -157,9 +157,8 @@ def _samples(stack: ExitStack) -> Iterator[int]:
         partial(_watched, stack),
     ]
     for way in ways:
-        with suppress(
-            OSError
-        ):  # this kernel has no such thing, or not for this user: no target has it, or it is unknown
+        # This kernel may have no such thing, or not for this user: no target has it then, or it stays unknown.
+        with suppress(OSError):
             yield way()
 
 

@@ -100,10 +100,6 @@ class There:
         assert pid is not None, "it does not run there"
         target.pid = pid
 
-    def press_ctrl_c(self) -> None:
-        """At the terminal that it would have: SIGINT to its process group."""
-        os.killpg(self.pid, signal.SIGINT)
-
     def kill_receiver(self) -> None:
         """SIGKILL."""
         with suppress(ProcessLookupError):

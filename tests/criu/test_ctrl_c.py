@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
 
 
-def press_ctrl_c(process: subprocess.Popen[bytes]) -> None:
-    """At the terminal of a command that was started with a process group of its own."""
-    os.killpg(process.pid, signal.SIGINT)
+def press_ctrl_c(leader: subprocess.Popen[bytes] | There) -> None:
+    """At the terminal of what has a process group of its own."""
+    os.killpg(leader.pid, signal.SIGINT)
 
 
 def is_running(action: str) -> bool:
@@ -73,7 +73,7 @@ def test_at_a_receiver_before_the_tree_may_run_it_is_not_there(images_root: Path
                 source = migrating(target, there.port)
                 begun = {"restoring": partial(is_running, "restore"), "ready": partial(has_been_said, hooked, step)}
                 until(begun[step], 60)
-                there.press_ctrl_c()
+                press_ctrl_c(there)
                 done = command.wait(source)
                 assert done.code in (8, 10), done
                 runs_here(target, there)
@@ -93,7 +93,7 @@ def test_at_a_receiver_when_the_tree_may_run_it_runs_there(images_root: Path) ->
 
         def at(step: str) -> None:
             if step == "go":
-                threading.Timer(0.2, there.press_ctrl_c).start()
+                threading.Timer(0.2, press_ctrl_c, (there,)).start()
 
         target.step(10)
         assert migrate(target, there.port, on_step=at).outcome == "runs"
@@ -112,7 +112,7 @@ def test_at_a_receiver_that_is_just_being_told_to_go_the_tree_is_in_one_place(im
 
             def at(step: str, number: int = number, there: There = there) -> None:
                 if step == "go":
-                    there.press_ctrl_c()
+                    press_ctrl_c(there)
                     time.sleep(0.002 * number * number)
 
             target.step(10)
@@ -191,20 +191,8 @@ def test_at_a_checkpoint_the_tree_goes_on_and_the_next_one_is_right(images_root:
             until(lambda: command.is_untouched(target.pid), 10)
             target.step(20)
         images = images_root / "2"
-        done = command.incdump(
-            *(
-                "checkpoint",
-                "-t",
-                target.pid,
-                "-D",
-                images,
-                "--prev-images-dir",
-                "../1",
-                "--criu",
-                criu_path(),
-                "--json",
-            )
-        )
+        options = ("--prev-images-dir", "../1", "--criu", criu_path(), "--json")
+        done = command.incdump("checkpoint", "-t", target.pid, "-D", images, *options)
         assert done.code == 0, done
         assert done.json["incremental"]
         incdump.check(images)
