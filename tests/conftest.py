@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.hosts import LOSSY, joined_hosts, switched_hosts
+from tests.huge_pages import at_least
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -116,15 +117,8 @@ def no_userfaultfd_is_left() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def huge_pages() -> Iterator[None]:
     """A few huge pages for targets that want some, where they can be had; the pool is left as it was found."""
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    try:
-        before = pool.read_text()
-        pool.write_text(str(int(before) + HUGE_PAGES))
-    except OSError:
+    with at_least(HUGE_PAGES):
         yield
-        return
-    yield
-    pool.write_text(before)
 
 
 @pytest.fixture

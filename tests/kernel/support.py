@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import time
@@ -50,29 +49,6 @@ def require_root() -> None:
     """Skip the test where it has no root."""
     if os.geteuid():
         pytest.skip("needs root")
-
-
-@contextlib.contextmanager
-def huge_pages(free: int) -> Iterator[None]:
-    """See to it that there are exactly so many free huge pages, for as long as the context lasts.
-
-    The test is skipped where they cannot be had.
-    """
-    pool = Path("/proc/sys/vm/nr_hugepages")
-    before = pool.read_text()
-    in_use = int(before) - _free_huge_pages()
-    try:
-        pool.write_text(str(in_use + free))
-        if _free_huge_pages() != free:
-            pytest.skip("no hugetlb pages can be reserved")
-        yield
-    finally:
-        pool.write_text(before)
-
-
-def _free_huge_pages() -> int:
-    found = re.search(r"^HugePages_Free: *(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) if found else 0
 
 
 def of_forced_tracker(options: DumpOptions) -> DumpOptions:

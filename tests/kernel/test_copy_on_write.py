@@ -20,7 +20,8 @@ from incdump.proc import sharing
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.sharing import may_share_pages, sharing_address_space
 from incdump.proc.tree import process_tree
-from tests.kernel.support import Chain, Odd, huge_pages, require_root
+from tests import huge_pages
+from tests.kernel.support import Chain, Odd, require_root
 from tests.targets.build import cat
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ async def test_pages_shared_with_a_process_outside_the_tree_stay_shared(odd: Odd
 async def test_a_child_does_not_lose_its_huge_page_to_a_dump_of_its_parent(odd: Odd, images_root: Path) -> None:
     """The pool is empty: a copy for one of them would have to be taken from the other."""
     require_root()
-    with huge_pages(1):
+    with huge_pages.exactly(1):
         (address, _) = odd.do("hugetlb 512")
         odd.do(f"fill {address} 512 1")
         (child,) = odd.do("fork")

@@ -26,12 +26,11 @@ from incdump.model.options import DumpOptions
 from incdump.model.vmas import VmaFlag
 from incdump.proc.identity import is_exiting
 from incdump.proc.maps import read_vmas
-from tests import oracle
+from tests import huge_pages, oracle
 from tests.kernel.support import (
     Chain,
     Odd,
     carry_on,
-    huge_pages,
     kill_holder,
     require_root,
     require_tracker,
@@ -359,7 +358,7 @@ async def test_aio_rings_are_dumped_whole(odd: Odd, images_root: Path) -> None:
 
 async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> None:
     require_root()
-    with huge_pages(16):  # others may take some
+    with huge_pages.exactly(16):  # others may take some
         (address, _) = odd.do("hugetlb 1024")
         odd.do(f"fill {address} 600 1")
         chain = await rounds(odd, images_root, f"poke {address} 3 1", f"poke {address} 300 2")
