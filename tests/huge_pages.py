@@ -27,18 +27,18 @@ def _free() -> int:
 @contextlib.contextmanager
 def at_least(free: int) -> Iterator[None]:
     """See to it that so many huge pages are free, if they can be had."""
-    try:
-        before = POOL.read_text()
-        missing = free - _free()
-        if missing > 0:
+    before = POOL.read_text() if POOL.exists() else "0"
+    missing = free - _free()
+    enlarged = False
+    if missing > 0:
+        with contextlib.suppress(OSError):
             POOL.write_text(str(int(before) + missing))
-    except OSError:
-        yield
-        return
+            enlarged = True
     try:
         yield
     finally:
-        POOL.write_text(before)
+        if enlarged:
+            POOL.write_text(before)
 
 
 @contextlib.contextmanager
