@@ -16,7 +16,12 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-POOL = Path("/proc/sys/vm/nr_hugepages")
+_POOL = Path("/proc/sys/vm/nr_hugepages")
+
+
+def pool() -> int:
+    """How many there are, free or not."""
+    return int(_POOL.read_text())
 
 
 def _free() -> int:
@@ -25,31 +30,30 @@ def _free() -> int:
 
 
 @contextlib.contextmanager
-def at_least(free: int) -> Iterator[None]:
-    """See to it that so many huge pages are free, if they can be had."""
-    before = POOL.read_text() if POOL.exists() else "0"
-    missing = free - _free()
-    enlarged = False
-    if missing > 0:
-        with contextlib.suppress(OSError):
-            POOL.write_text(str(int(before) + missing))
-            enlarged = True
+def _changed_by(pages: int) -> Iterator[None]:
+    before = pool()
+    _POOL.write_text(str(before + pages))
     try:
         yield
     finally:
-        if enlarged:
-            POOL.write_text(before)
+        _POOL.write_text(str(before))
+
+
+@contextlib.contextmanager
+def at_least(free: int) -> Iterator[None]:
+    """See to it that so many huge pages are free, if they can be had."""
+    with contextlib.ExitStack() as stack:
+        missing = free - _free()
+        if missing > 0:
+            with contextlib.suppress(OSError):
+                stack.enter_context(_changed_by(missing))
+        yield
 
 
 @contextlib.contextmanager
 def exactly(free: int) -> Iterator[None]:
     """See to it that exactly so many huge pages are free; the test is skipped where they cannot be had."""
-    before = POOL.read_text()
-    in_use = int(before) - _free()
-    try:
-        POOL.write_text(str(in_use + free))
+    with _changed_by(free - _free()):
         if _free() != free:
             pytest.skip("no hugetlb pages can be reserved")
         yield
-    finally:
-        POOL.write_text(before)
