@@ -84,8 +84,17 @@ def failure(criu: Criu, status: int, doing: str, log: Path, **data: Any) -> Criu
     :param data: the error's ``pid`` or ``path``.
     """
     how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-    said = last_errors(log)
-    return CriuError(f"{criu} {how} {doing}{': ' + said if said else ', and logged no reason'}", **data)
+    return CriuError(f"{criu} {how} {doing}{_why(log)}", **data)
+
+
+def _why(log: Path) -> str:
+    if said := last_errors(log):
+        return f": {said}"
+    with suppress(OSError):
+        disk = os.statvfs(log.parent)
+        if disk.f_blocks and not disk.f_bavail:  # a file system without a size has 0 of 0
+            return f", and logged no reason: there is no space left for its log in {log.parent}"
+    return ", and logged no reason"
 
 
 def last_errors(log: Path) -> str:

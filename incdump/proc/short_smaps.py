@@ -5,8 +5,9 @@ lines, and a BPF iterator (`incdump._uapi.bpf`) the flags: neither takes longer 
 
 The iterator tells numbers, VmFlags are words, and which bit has which word is the kernel's own business. It is learned
 from mappings of this very process, which are in both. The kernel writes the words in the order of the bits, one for
-each that is set; some have none. So where there are as many words as bits they belong together one by one. What is left
-unknown is not guessed: the text of a mapping with such a bit cannot be had here.
+each that is set; some have none (on aarch64 one that every anonymous mapping has). So where, but for what is known
+already, there are as many words as bits they belong together one by one, and where there are no words the bits have
+none. What is left unknown is not guessed: the text of a mapping with such a bit cannot be had here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from incdump._uapi import bpf, mapping, userfaultfd
 from incdump.model.runs import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 _SPECIAL = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
 _GATE = b"[vsyscall]"
@@ -79,11 +80,10 @@ class ShortSmaps:
 
     def _line(self, flags: int) -> bytes:
         words = [self._words.get(bit) for bit in _bits(flags)]
-        known = [word for word in words if word is not None]
-        if len(known) < len(words):
-            raise OSError(errno.EOPNOTSUPP, f"a mapping has a flag without a word, of {flags:#x}")
+        if None in words:
+            raise OSError(errno.EOPNOTSUPP, f"a mapping has a flag that is not known, of {flags:#x}")
         # As the kernel writes it, with a space at the end.
-        line = self._lines[flags] = b" ".join([b"VmFlags:", *known, b""])
+        line = self._lines[flags] = b" ".join([b"VmFlags:", *filter(None, words), b""])
         return line
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ def _learn(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
         with open("/proc/self/smaps", "rb", buffering=0) as file:
             told = dict(_headers_and_flags(file.readall()))
         flags = {(start, end): flags for start, end, flags in bpf.iterate_vmas(program, os.getpid())}
-    words: dict[int, bytes] = {}
+    samples: list[tuple[list[int], list[bytes]]] = []
     gate: dict[bytes, bytes] = {}
     for line, said in told.items():
         match = _HEADER.fullmatch(line)
@@ -124,12 +124,29 @@ def _learn(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
             gate[line] = said
         # Others may be other mappings by now: this process has threads.
         if bounds in flags and (bounds[0] in ours or line.endswith(_SPECIAL)):
-            bits, codes = _bits(flags[bounds]), said.split()[1:]
-            if len(bits) == len(codes):
-                for bit, code in zip(bits, codes, strict=True):
-                    if words.setdefault(bit, code) != code:
-                        raise OSError(errno.EOPNOTSUPP, f"bit {bit} of a mapping's flags has two words")
-    return words, gate
+            samples.append((_bits(flags[bounds]), said.split()[1:]))
+    return words_of_bits(samples), gate
+
+
+def words_of_bits(samples: Sequence[tuple[list[int], list[bytes]]]) -> dict[int, bytes]:
+    """The word of each bit, as far as it follows from what mappings have; empty for a bit without one.
+
+    :param samples: each the bits of a mapping, ascending, and its words in their order.
+    :raises OSError: EOPNOTSUPP: a bit has two words, or they come in another order.
+    """
+    words: dict[int, bytes] = {}
+    known = -1
+    while known < len(words):
+        known = len(words)
+        for bits, said in samples:
+            unknown = [bit for bit in bits if bit not in words]
+            left = [word for word in said if word not in {words.get(bit) for bit in bits}]
+            if not left or len(left) == len(unknown):
+                words.update(zip(unknown, left or [b""] * len(unknown), strict=True))
+    for bits, said in samples:
+        if all(bit in words for bit in bits) and [words[bit] for bit in bits if words[bit]] != said:
+            raise OSError(errno.EOPNOTSUPP, f"the mappings' flags do not go with {b' '.join(said).decode()}")
+    return words
 
 
 def _headers_and_flags(text: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -146,6 +163,7 @@ def _samples(stack: ExitStack) -> Iterator[int]:
     private = mapping.MAP_PRIVATE | mapping.MAP_ANONYMOUS
     ways: list[Callable[[], int]] = [
         partial(_sample, stack, private),
+        partial(_sample, stack, private, prot=mapping.PROT_READ),
         partial(_sample, stack, private, prot=mapping.PROT_READ | mapping.PROT_EXEC),
         partial(_sample, stack, private | mapping.MAP_NORESERVE),
         partial(_sample, stack, private | mapping.MAP_GROWSDOWN),

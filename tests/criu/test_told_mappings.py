@@ -255,7 +255,7 @@ def die_at(self, notification):
             os.kill(os.getpid(), signal.SIGKILL)
     answer(self, notification)
 LeashedCriu._answer = die_at
-main()
+sys.exit(main())
 """
 
 

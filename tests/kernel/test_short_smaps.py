@@ -12,7 +12,7 @@ import pytest
 from incdump._uapi import bpf, mapping
 from incdump.model.runs import PAGE_SIZE
 from incdump.proc import short_smaps
-from incdump.proc.short_smaps import ShortSmaps
+from incdump.proc.short_smaps import ShortSmaps, words_of_bits
 from tests import oracle
 from tests.kernel.victims import victim
 from tests.targets.build import churn
@@ -86,12 +86,38 @@ def test_whatever_a_program_maps_it_is_what_smaps_tells(smaps: ShortSmaps) -> No
                     assert smaps.read(pid) == wanted(pid)
 
 
-def test_a_flag_without_a_word_is_not_guessed(smaps: ShortSmaps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_that_is_not_known_is_not_guessed(smaps: ShortSmaps, monkeypatch: pytest.MonkeyPatch) -> None:
     with victim(ADVISED) as target:
         locked = next(bit for bit, word in smaps._words.items() if word == b"lo")
         monkeypatch.setattr(smaps, "_words", {bit: word for bit, word in smaps._words.items() if bit != locked})
-        with pytest.raises(OSError, match="without a word"):
+        with pytest.raises(OSError, match="not known"):
             smaps.read(target.pid)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        pytest.param([("0 4", "rd mr")], "0:rd 4:mr", id="as many words as bits"),
+        pytest.param([("0 4 37", "rd mr")], "", id="fewer words than bits"),
+        pytest.param([("0 4 37", "rd mr"), ("0 4", "rd mr")], "0:rd 4:mr 37:", id="a bit without a word"),
+        pytest.param(
+            [("0 1 4 37", "rd wr mr"), ("0 4 37", "rd mr"), ("0 4", "rd mr")],
+            "0:rd 1:wr 4:mr 37:",
+            id="one follows from the other",
+        ),
+        pytest.param([("0 2 3", "rd ex"), ("0", "rd")], "0:rd", id="either of two bits"),
+        pytest.param([("", "")], "", id="no bits"),
+    ],
+)
+def test_what_follows_from_mappings_is_learned_and_no_more(samples: list[tuple[str, str]], words: str) -> None:
+    learned = words_of_bits([(list(map(int, bits.split())), said.encode().split()) for bits, said in samples])
+    assert " ".join(f"{bit}:{word.decode()}" for bit, word in sorted(learned.items())) == words
+
+
+@pytest.mark.parametrize("samples", [["rd mr", "rd sh"], ["rd mr", "mr rd"]])
+def test_words_that_contradict_each_other_are_not_believed(samples: list[str]) -> None:
+    with pytest.raises(OSError, match="do not go with"):
+        words_of_bits([([0, 4], said.encode().split()) for said in samples])
 
 
 def test_other_mappings_than_those_of_maps_are_not_believed(smaps: ShortSmaps, monkeypatch: pytest.MonkeyPatch) -> None:
