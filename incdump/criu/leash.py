@@ -2,9 +2,9 @@
 
 It runs under a seccomp filter (`incdump.criu.leashed`) that reports its PAGEMAP_SCANs here. One that looks for the
 pages of a process other than CRIU itself is answered with none at all, so that CRIU leaves the memory to incdump; the
-first of them says that the whole tree is frozen. It is answered for all of the process's memory, which CRIU takes note
-of: it scans once a process instead of once a mapping. Every other scan (guard regions, CRIU's own memory) is let
-through.
+first of them says that the whole tree is frozen, and CRIU waits there until it may go on (`LeashedCriu.go_on`). It is
+answered for all of the process's memory, which CRIU takes note of: it scans once a process instead of once a mapping.
+Every other scan (guard regions, CRIU's own memory) is let through.
 
 When this process ends, for whatever reason, its end of the listener is closed, CRIU's next scan fails, and CRIU gives
 up and lets the tree run on.
@@ -51,9 +51,9 @@ class LeashedCriu:
 
     :param command: the program and its arguments.
     :param mappings: what smaps would tell of a process's mappings; raises OSError in doubt. None: it reads smaps.
-    :param on_scan: called in that thread at the first scan of another process's memory.
+    :param on_scan: called in that thread at the first scan of another process's memory, which ends after `go_on`.
     :param on_end: called there when nothing of CRIU runs any more.
-    :ivar scanned: whether it has scanned another process's memory.
+    :ivar scanned: the other processes whose memory it has scanned; it has looked at their mappings before.
     :ivar told: the processes of which it was told the mappings.
     :raises incdump.errors.LeashUnusable: there is no user notification to be had for it.
     """
@@ -68,7 +68,8 @@ class LeashedCriu:
         self._mappings = mappings
         self._on_scan = on_scan
         self._on_end = on_end
-        self.scanned = False
+        self._may_go_on = threading.Event()
+        self.scanned: set[int] = set()
         self.told: set[int] = set()
         calls = [(ARCH.sys_ioctl, PAGEMAP_SCAN)] + ([] if mappings is None else [(ARCH.sys_fcntl, fcntl.F_SETFD)])
         ours, theirs = socket.socketpair()
@@ -104,6 +105,10 @@ class LeashedCriu:
         why = os.strerror(number) if number else "its launcher ended"
         raise LeashUnusable(f"CRIU cannot be held on a leash (seccomp user notification: {why})", errno=number)
 
+    def go_on(self) -> None:
+        """Its first scan may end, or end at once when it comes."""
+        self._may_go_on.set()
+
     def wait(self) -> int:
         """Wait until it has ended. Blocks.
 
@@ -121,6 +126,7 @@ class LeashedCriu:
         """Have it end: it is asked to with SIGTERM, which it does not heed while it dumps, and waited for. Blocks."""
         if self._process.poll() is None and not self.scanned:
             self._process.send_signal(signal.SIGTERM)
+        self.go_on()
         return self.wait()
 
     def _serve(self) -> None:
@@ -147,20 +153,25 @@ class LeashedCriu:
             seccomp.let_through(self._listener, notification)
             return
         try:
-            is_ours = self._is_left_to_us(notification)
+            pid = self._left_to_us(notification)
         except OSError:  # it is being killed
-            is_ours = False
-        if not is_ours:
+            pid = None
+        if pid is None:
             seccomp.let_through(self._listener, notification)
             return
-        if not self.scanned:
-            self.scanned = True
+        self.scanned.add(pid)
+        if not self._may_go_on.is_set():
             self._on_scan()
-        with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
-            if not seccomp.is_waiting(self._listener, notification):
-                return
-            os.pwrite(memory.fileno(), _EVERYTHING, notification.arguments[2] + 8 * _WALK_END)
-        seccomp.answer(self._listener, notification, 0)
+            self._may_go_on.wait()
+        try:
+            with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
+                if not seccomp.is_waiting(self._listener, notification):
+                    return
+                os.pwrite(memory.fileno(), _EVERYTHING, notification.arguments[2] + 8 * _WALK_END)
+        except OSError:  # likewise
+            seccomp.let_through(self._listener, notification)
+        else:
+            seccomp.answer(self._listener, notification, 0)
 
     def _tell_mappings(self, notification: seccomp.Notification) -> None:
         """If it is about to read smaps of a process, put a short text in its place."""
@@ -178,15 +189,15 @@ class LeashedCriu:
                 seccomp.replace_fd(self._listener, notification, file.fileno(), int(smaps[0]))
                 self.told.add(pid)
 
-    def _is_left_to_us(self, notification: seccomp.Notification) -> bool:
-        """Whether a scan looks for pages of another process."""
-        pid, (fd, _, address, *_) = notification.pid, notification.arguments
-        found = _PAGEMAP.search(os.readlink(f"/proc/{pid}/fd/{fd}"))
-        if found is None or int(found[1]) in (pid, self._process.pid):
-            return False
-        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+    def _left_to_us(self, notification: seccomp.Notification) -> int | None:
+        """The other process whose pages a scan looks for, if it does."""
+        crius, (fd, _, address, *_) = notification.pid, notification.arguments
+        found = _PAGEMAP.search(os.readlink(f"/proc/{crius}/fd/{fd}"))
+        if found is None or (pid := int(found[1])) in (crius, self._process.pid):
+            return None
+        with open(f"/proc/{crius}/mem", "rb", buffering=0) as memory:
             argument = _SCAN_ARGUMENT.unpack(os.pread(memory.fileno(), _SCAN_ARGUMENT.size, address))
-        return bool((argument[_ANYOF] | argument[_MASK]) & _POPULATED)
+        return pid if (argument[_ANYOF] | argument[_MASK]) & _POPULATED else None
 
 
 def _is_at_its_begin(path: str) -> bool:

@@ -4,7 +4,8 @@
     -------                                  -----------------
     prepare: tracker, parent, smaps
     start CRIU ────────────────────────────▶ freeze the tree
-    scan, copy pages  ◀── first page scan ── dump everything else; "there are no pages"
+    watch new mappings ◀── first page scan ─ wait
+    scan, copy pages  ─────────────────────▶ dump everything else; "there are no pages"
       (process by process)                   write its images, cure the tree of its parasite
                       ◀── gate reached ───── post-dump: wait, everything frozen
     copy code again, write pagemaps,
@@ -241,7 +242,7 @@ class CheckpointRun(DumpRun):
                 await in_thread(run.start)
                 await run.until_frozen()
                 self._times.before_scan = _since(began)
-                await self._copy(pipeline)
+                await self._copy(run, pipeline)
                 await run.until_gate()
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
                 await in_thread(self._put_in_place, images, place, buffer, break_off=self._break_off)
@@ -281,16 +282,25 @@ class CheckpointRun(DumpRun):
             *self._criu_options,
         ]
 
-    async def _copy(self, pipeline: Pipeline) -> None:
+    async def _copy(self, run: _Run, pipeline: Pipeline) -> None:
         """Everything stands still: scan and copy, while CRIU does the rest."""
         began = time.monotonic_ns()
         await in_thread(self._take_up_frozen, break_off=self._break_off)
+        await in_thread(self._begin_but_for, run.scanned, break_off=self._break_off)
+        run.go_on()
         self._tell("dumping")
         await pipeline.run(self._owners())
         self._times.memory = _since(began)
         root = self._processes.get((self._root.pid, self._root.start_time))
         if root is None or root.exited:
             raise TargetExited(f"process {self._pid} exited while it was being dumped", pid=self._pid)
+
+    def _begin_but_for(self, scanned: set[int]) -> None:
+        """Have the tree watched, but for processes whose mappings CRIU has looked at already: while it does, in several
+        reads, none may begin to be watched. It could merge with its neighbour, and be seen twice."""
+        for process in self._processes.values():
+            if process.task.pid not in scanned:
+                process.begin()
 
     def _owners(self) -> Iterator[PageOwner]:
         """Processes only: segments are CRIU's."""
@@ -420,6 +430,11 @@ class _Run:
         if not self._scanned.is_set():
             await self.until_gate()
 
+    def go_on(self) -> None:
+        """The first scan of a CRIU on a leash may end."""
+        if isinstance(self._criu, LeashedCriu):
+            self._criu.go_on()
+
     async def until_gate(self) -> None:
         """Wait until CRIU stands before the gate.
 
@@ -429,6 +444,11 @@ class _Run:
             if self._ended.is_set():
                 raise _CriuEnded(await self.end())
             await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    @property
+    def scanned(self) -> set[int]:
+        """The processes that a CRIU on a leash has scanned. One that is not has been at all of them by now."""
+        return self._criu.scanned if isinstance(self._criu, LeashedCriu) else set()
 
     @property
     def told(self) -> set[int]:

@@ -117,6 +117,7 @@ class ProcessDump:
         self._rule: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._hashes = content.HashCollector(means.seed)
         self._hashed_spans: Runs = empty_runs()
+        self._begun: tuple[VmaTable, NDArray[np.bool_], bool] | None = None
         self._collected: list[Window] | None = None
         self._compared = 0
         self._stands_still = False
@@ -195,6 +196,12 @@ class ProcessDump:
 
     # -- scanning -------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Have the mappings of the frozen process watched now, rather than when it is scanned. Blocks."""
+        if not self.exited:
+            with contextlib.suppress(TargetExited):  # the scan finds out
+                self._begun = self._begin()
+
     def collect(self) -> None:
         """Scan now, and keep the windows for later: for a tracker that needs the target stopped meanwhile. Blocks."""
         try:
@@ -209,7 +216,7 @@ class ProcessDump:
         yield from self._scan() if self._collected is None else self._collected
 
     def _scan(self) -> Iterator[Window]:
-        vmas, watched, anew = self._begin()
+        vmas, watched, anew = self._begun or self._begin()
         self.vmas, self._rule = vmas, rules(vmas)
         if anew and self.incremental:
             self.incremental = False

@@ -5,9 +5,9 @@ lines, and a BPF iterator (`incdump._uapi.bpf`) the flags: neither takes longer 
 
 The iterator tells numbers, VmFlags are words, and which bit has which word is the kernel's own business. It is learned
 from mappings of this very process, which are in both. The kernel writes the words in the order of the bits, one for
-each that is set; some have none (on aarch64 one that every anonymous mapping has). So where, but for what is known
-already, there are as many words as bits they belong together one by one, and where there are no words the bits have
-none. What is left unknown is not guessed: the text of a mapping with such a bit cannot be had here.
+each that is set; some have none (on aarch64 one that the heap has, and no mapping of mmap). So where, but for what is
+known already, there are as many words as bits they belong together one by one, and where there are no words the bits
+have none. What is left unknown is not guessed: the text of a mapping with such a bit cannot be had here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from incdump.model.runs import PAGE_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_SPECIAL = (b"[vdso]", b"[vvar]", b"[vvar_vclock]")
+_SPECIAL = (b"[vdso]", b"[vvar]", b"[vvar_vclock]", b"[heap]")
 _GATE = b"[vsyscall]"
 _HUGE_PAGE = 2 << 20
 _HEADER = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) \S{4} .*")
@@ -110,9 +110,12 @@ def _learned(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
 def _learn(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
     with ExitStack() as stack:
         ours = set(_samples(stack))
+        before = bpf.iterate_vmas(program, os.getpid())
         with open("/proc/self/smaps", "rb", buffering=0) as file:
             told = dict(_headers_and_flags(file.readall()))
-        flags = {(start, end): flags for start, end, flags in bpf.iterate_vmas(program, os.getpid())}
+        # Others may be other mappings by now: this process has threads.
+        same = set(before) & set(bpf.iterate_vmas(program, os.getpid()))
+        flags = {(start, end): flags for start, end, flags in same}
     samples: list[tuple[list[int], list[bytes]]] = []
     gate: dict[bytes, bytes] = {}
     for line, said in told.items():
@@ -122,7 +125,6 @@ def _learn(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
         bounds = int(match[1], 16), int(match[2], 16)
         if line.endswith(_GATE) and bounds not in flags:
             gate[line] = said
-        # Others may be other mappings by now: this process has threads.
         if bounds in flags and (bounds[0] in ours or line.endswith(_SPECIAL)):
             samples.append((_bits(flags[bounds]), said.split()[1:]))
     return words_of_bits(samples), gate

@@ -21,6 +21,7 @@ import incdump
 from incdump.criu import program
 from incdump.criu.leash import LeashedCriu
 from incdump.engine.checkpoint import CheckpointRun
+from incdump.tracking.uffd_wp import UffdWpRound
 from tests import oracle
 from tests.command import incdump as command
 from tests.command import run_python
@@ -31,8 +32,11 @@ from tests.kernel.support import of_forced_tracker as forced
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from incdump._uapi.seccomp import Notification
     from incdump.model.options import Afterwards, WayName
+    from incdump.model.vmas import VmaTable
     from tests.criu.criu import RestorableTarget
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
@@ -110,20 +114,20 @@ def test_a_checkpoint_that_leaves_the_tree_running_is_a_parent_like_any_other(im
 @in_own_namespaces
 def test_criu_looks_for_pages_once_a_process_however_many_mappings_there_are(images_root: Path) -> None:
     """Each time costs a tenth of a millisecond of the stop."""
-    looked: list[bool] = []
-    is_left_to_us = LeashedCriu._is_left_to_us
+    looked: list[int | None] = []
+    left_to_us = LeashedCriu._left_to_us
 
-    def count(self: LeashedCriu, notification: Notification) -> bool:
-        looked.append(is_left_to_us(self, notification))
+    def count(self: LeashedCriu, notification: Notification) -> int | None:
+        looked.append(left_to_us(self, notification))
         return looked[-1]
 
     with (
         pytest.MonkeyPatch.context() as patch,
         restorable_churn(images_root, seed=9, threads=2, processes=2) as target,
     ):
-        patch.setattr(LeashedCriu, "_is_left_to_us", count)
+        patch.setattr(LeashedCriu, "_left_to_us", count)
         result = checkpoint(target, images_root / "1", afterwards="running", way="leash")
-        assert sum(looked) == len(result.pids) < len(maps(target.pid))
+        assert sum(pid is not None for pid in looked) == len(result.pids) < len(maps(target.pid))
         target.quit()
 
 
@@ -192,6 +196,38 @@ def test_a_restored_tree_starts_a_second_generation(images_root: Path) -> None:
 
 
 FILTERED = Path(__file__).with_name("filtered.py")
+
+
+@in_own_namespaces
+def test_while_criu_looks_at_mappings_none_begin_to_be_watched(images_root: Path) -> None:
+    """CRIU looks at them before it scans, in several reads: one that merges with its neighbour could come twice."""
+    events: list[tuple[str, int | None]] = []
+    register, look = UffdWpRound.register, LeashedCriu._left_to_us
+
+    def slow_register(self: UffdWpRound, vmas: VmaTable) -> NDArray[np.bool_]:
+        time.sleep(0.2)
+        watched = register(self, vmas)
+        events.append(("watched", self._pid))
+        return watched
+
+    def noted_look(self: LeashedCriu, notification: Notification) -> int | None:
+        pid = look(self, notification)
+        events.append(("scanned", pid))
+        return pid
+
+    with restorable_churn(images_root, seed=21, processes=3, ops=PRIVATE_OPS) as target:
+        predump(target, images_root / "1")
+        target.step(50)
+        children = set(oracle.tree(target.pid).values()) - {target.pid}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(UffdWpRound, "register", slow_register)
+            patch.setattr(LeashedCriu, "_left_to_us", noted_look)
+            checkpoint(target, images_root / "2", "../1", way="leash")
+        assert events.index(("scanned", target.pid)) < min(events.index(("watched", pid)) for pid in children)
+        for pid in children:
+            assert events.index(("watched", pid)) < events.index(("scanned", pid))
+        revive(target, images_root / "2")
+        target.quit()
 
 
 @in_own_namespaces
@@ -346,6 +382,33 @@ def test_a_criu_that_is_killed_and_leaves_a_process_behind_is_not_waited_for(ima
         with pytest.raises(incdump.CriuError, match="killed by signal 9"):
             checkpoint(target, images_root / "2", "../1", criu=wrapped, way=way)
         assert time.monotonic() - began < 30
+        prove_next(target, images_root / "2", "../1")
+        target.quit()
+
+
+@in_own_namespaces
+def test_a_criu_that_is_killed_while_it_waits_for_the_watch_to_begin_is_noticed(images_root: Path) -> None:
+    register, look = UffdWpRound.register, LeashedCriu._left_to_us
+    crius: set[int] = set()
+
+    def kill_criu(self: UffdWpRound, vmas: VmaTable) -> NDArray[np.bool_]:
+        while crius:
+            os.kill(crius.pop(), signal.SIGKILL)
+        return register(self, vmas)
+
+    def note_criu(self: LeashedCriu, notification: Notification) -> int | None:
+        crius.add(notification.pid)
+        return look(self, notification)
+
+    with restorable_churn(images_root, seed=22, processes=2, ops=PRIVATE_OPS) as target:
+        predump(target, images_root / "1")
+        target.step(50)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(UffdWpRound, "register", kill_criu)
+            patch.setattr(LeashedCriu, "_left_to_us", note_criu)
+            with pytest.raises(incdump.CriuError, match="killed by signal 9"):
+                checkpoint(target, images_root / "2", "../1", way="leash")
+        assert not (images_root / "2").exists()
         prove_next(target, images_root / "2", "../1")
         target.quit()
 
