@@ -4,8 +4,9 @@ and between two incdumps in CRIU's protocol as well as in incdump's own.
 What is timed is the whole of ``criu dump --leave-running``, and of `incdump.dump`, until the server has said that it
 has everything. The servers are processes of their own, which listen before the time begins.
 
-What the machine allows is shown by the bare copy loop (`benchmarks.bare_copy`): the same memory, copied by two
-processes that do nothing else, over one connection and over two.
+What the machine allows is shown by two others. Of CRIU's client a server that throws everything away, unread
+(`benchmarks.discard`): no server can be quicker. And the bare copy loop (`benchmarks.bare_copy`): the same memory,
+copied by two processes that do nothing else, over one connection and over two.
 
 Needs root, and CRIU (``$INCDUMP_TEST_CRIU``, or fetched as for the tests).
 """
@@ -26,12 +27,12 @@ import numpy as np
 import pytest
 
 import incdump
-from benchmarks import bare_copy
+from benchmarks import bare_copy, discard
 from benchmarks.bench import MIB, NotHere
 from benchmarks.report import Report, alternate
 from incdump._uapi.memory import process_vm_readv
 from incdump.proc.maps import read_vmas
-from tests.command import read_until, start, wait
+from tests.command import environment, read_until, start, wait
 from tests.criu.criu import RestorableTarget, criu_path, dump, page_server
 from tests.targets.build import build
 
@@ -69,6 +70,7 @@ def run(bench: Bench) -> Iterator[Report]:
         contestants: dict[str, Callable[[], float]] = {
             "criu to criu": lambda: contestant(page_server, _criu),
             "criu to incdump": lambda: contestant(_incdump_server, _criu),
+            "criu to nothing": lambda: contestant(_discarding_server, _criu),
             "incdump to criu": lambda: contestant(page_server, _incdump),
             "incdump to incdump": lambda: contestant(_incdump_server, _incdump),
             "the same, CRIU's protocol": lambda: contestant(_incdump_server, partial(_incdump, protocol="criu")),
@@ -79,6 +81,7 @@ def run(bench: Bench) -> Iterator[Report]:
         target.close()
     report = Report("network", f"a dump of {bench.mib:,} MiB to a page server on loopback", figures=figures)
     report.compare("criu to criu", "criu to incdump", limit=FASTER_SERVER, above=True)
+    report.compare("criu to criu", "criu to nothing")
     report.compare("criu to criu", "the same, CRIU's protocol", limit=FASTER_SERVER, above=True)
     report.compare("criu to criu", "incdump to incdump", limit=FASTER_BOTH, above=True)
     for n in BARE_CONNECTIONS:
@@ -103,6 +106,20 @@ def _incdump_server(images: Path) -> Iterator[int]:
     finally:
         server.kill()
         server.communicate()
+
+
+@contextmanager
+def _discarding_server(_: Path) -> Iterator[int]:
+    program = [sys.executable, "-m", discard.__name__]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+        try:
+            assert server.stdout is not None
+            yield int(server.stdout.readline())
+        except BaseException:
+            server.kill()
+            raise
+    if server.returncode:
+        raise RuntimeError(f"the server that throws everything away failed with {server.returncode}")
 
 
 def _criu(bench: Bench, pid: int, port: int) -> float:

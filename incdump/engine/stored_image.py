@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from incdump.engine.pages_image import PageTable
 from incdump.images.framing import raise_io_error
-from incdump.model.runs import PAGE_SIZE, empty_runs, page_count
+from incdump.model.runs import PAGE_SHIFT, PAGE_SIZE, empty_runs, page_count
 from incdump.xfer.blocks import MOST_BEHIND, pages_id_of
+from incdump.xfer.local import make_buffer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,13 +83,14 @@ class Storing:
     def _send_pages(self, number: int, path: Path) -> None:
         """Send a pages image that CRIU wrote."""
         size = path.stat().st_size
+        buffer = make_buffer(MOST_BEHIND >> PAGE_SHIFT)
         with open(path, "rb", buffering=0) as file:
             for offset in range(0, size, MOST_BEHIND):
+                data = buffer[: size - offset]
+                if os.preadv(file.fileno(), [data.data], offset) != len(data):
+                    raise OSError(f"{path} became shorter")
                 with self._client.channel() as channel:
-                    there = min(MOST_BEHIND, size - offset)
-                    if os.preadv(file.fileno(), [channel.buffer()[:there].data], offset) != there:
-                        raise OSError(f"{path} became shorter")
-                    channel.send(number, offset, there)
+                    channel.send(number, offset, data)
         self._client.complete(number, size, empty_runs())
 
     def break_off(self) -> None:
@@ -119,14 +121,13 @@ class StoredImage(PageTable):
         """Nothing: the page cache is over there."""
 
     def write(self, chunk: Chunk, source: PageSource, buffer: NDArray[np.uint8], hashes: Hashes) -> Runs:
-        """See `PageTable.write`; the writer's own buffer is not needed."""
-        size = chunk.nr_pages * PAGE_SIZE
+        """See `PageTable.write`."""
+        data = buffer[: chunk.nr_pages * PAGE_SIZE]
+        failed = source.read_into(data, chunk.runs)
+        self._read(chunk, failed, data, hashes)
+        self._is_there = True
         with self._client.channel() as channel:
-            data = channel.buffer()
-            failed = source.read_into(data[:size], chunk.runs)
-            self._read(chunk, failed, data, hashes)
-            self._is_there = True
-            channel.send(self._pages_id, chunk.first_page * PAGE_SIZE, size)
+            channel.send(self._pages_id, chunk.first_page * PAGE_SIZE, data)
         return failed
 
     def rewrite(self, spans: Runs, source: PageSource, buffer: NDArray[np.uint8]) -> None:

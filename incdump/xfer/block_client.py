@@ -1,20 +1,17 @@
 """The client of incdump's own protocol (`incdump.xfer.blocks`).
 
-Each channel has some buffers in a memory file. Pages are read into one of them and leave it by sendfile(2), which lends
-the buffer's own pages to the kernel instead of copying them; it is used again when the server has answered. Pages of
-zeros are not sent. Compression is used where it turns out to be quicker (`CodingChoice`).
+Pages are copied to the kernel, a whole chunk in one call. To lend it the buffer's own pages instead (sendfile(2) from a
+memory file) spares that copy, but each page then arrives as a piece of its own, and the server takes longer for these
+than the copy takes. Pages of zeros are not sent. Compression is used where it turns out to be quicker (`CodingChoice`).
 
 Calls block and release the GIL; `break_off`, from another thread, ends all that are under way.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import socket
 import threading
 import time
-from collections import deque
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -41,7 +38,7 @@ from incdump.xfer.blocks import (
     encode_terms,
 )
 from incdump.xfer.compression import CodingChoice
-from incdump.xfer.sockets import SILENT, hang_up, is_plain, patiently, shut_down
+from incdump.xfer.sockets import SILENT, hang_up, patiently, send_all, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -51,26 +48,16 @@ if TYPE_CHECKING:
     from incdump.model.options import CompressionName
     from incdump.model.runs import Runs
 
-BUFFERS = 4
-"""Of each channel: as many may be on their way. With 1 MiB each, 100 MiB/s and more up to 40 ms of round trip."""
+ON_THEIR_WAY = 4
+"""Chunks that a channel may have sent before the first is answered. With 1 MiB each, 100 MiB/s and more up to 40 ms of
+round trip."""
 ZEROS = 8
 """Pages of zeros in a row for which a message of their own is worth while."""
+_PARTS = 512
+"""Of one call: fewer than the kernel takes (IOV_MAX)."""
 REASON_SECONDS = 1.0
 """For which a channel that broke waits for the server's reason, on the first one."""
 _WORDS = PAGE_SIZE // 8
-
-
-class _Buffer:
-    """Memory that can be lent to the kernel."""
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("incdump", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, MOST_BEHIND)
-        self._map = mmap.mmap(self.fd, MOST_BEHIND, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        self.array = np.frombuffer(self._map, np.uint8)
-
-    def close(self) -> None:
-        os.close(self.fd)
 
 
 class Channel:
@@ -81,95 +68,53 @@ class Channel:
         self.choice = choice
         self._server = server
         self._timeout = timeout
-        self._lends = is_plain(connection)
-        self._free = deque(_Buffer() for _ in range(BUFFERS))
-        self._out: deque[_Buffer] = deque()
-        self._wanted_at = 0.0
-        self._current: _Buffer | None = None
+        self._unanswered = 0
 
-    def buffer(self) -> NDArray[np.uint8]:
-        """A buffer for a chunk, shape (1 MiB,); the same one until `send`. Blocks while all are on their way.
-
-        :raises ConnectionLost: the server has gone, or is silent.
-        """
-        self._wanted_at = time.perf_counter()
-        if self._current is None:
-            if not self._free:
-                self._hear(1)
-            self._current = self._free.popleft()
-        return self._current.array
-
-    def send(self, number: int, offset: int, nbytes: int) -> None:
-        """Send what was put into the buffer.
+    def send(self, number: int, offset: int, data: NDArray[np.uint8]) -> None:
+        """Send pages. Blocks while as many chunks as there may be are on their way.
 
         :param number: of the pages image.
-        :param offset: where it goes there, bytes.
+        :param offset: where they go there, bytes.
+        :param data: the pages, shape (bytes,); at most `MOST_BEHIND`.
         :raises ConnectionLost: the server has gone, takes nothing, or refuses.
         """
-        buffer = self._current
-        assert buffer is not None
-        self._current = None
-        self._out.append(buffer)  # also when it does not get through: `close` has to know it
-        pieces = zero_runs(buffer.array[:nbytes])
-        sent = 0
+        began = time.perf_counter()
+        if self._unanswered == ON_THEIR_WAY:
+            self._hear()
+        self._unanswered += 1
         coding = self.choice.coding
-        for start, end, is_zero in pieces:
-            flags = ANSWER if end == nbytes else 0
-            at = offset + start
-            if is_zero:
-                self._send_header(Header(Op.BLOCK, Coding.ZERO | flags, 0, number, at, end - start), more=not flags)
-            elif coding is Coding.LZ4:
-                sent += self._send_packed(buffer, number, at, start, end, flags)
-            else:
-                self._send_raw(buffer, number, at, start, end, flags)
-                sent += end - start
-        self.choice.note(nbytes, sent, time.perf_counter() - self._wanted_at)
-
-    def _send_packed(self, buffer: _Buffer, number: int, at: int, start: int, end: int, flags: int) -> int:
+        parts: list[memoryview] = []
         sent = 0
-        for begin in range(start, end, PACKED):
-            stop = min(begin + PACKED, end)
-            flag = flags if stop == end else 0
-            packed = compression.compress(buffer.array[begin:stop].data)
-            place = at + begin - start
-            if len(packed) < stop - begin:
-                header = Header(Op.BLOCK, Coding.LZ4 | flag, len(packed), number, place, stop - begin)
-                self.send_all(header.encode() + packed)
-                sent += len(packed)
-            else:
-                self._send_raw(buffer, number, place, begin, stop, flag)
-                sent += stop - begin
-        return sent
+        for start, end, is_zero in zero_runs(data):
+            step = PACKED if coding is Coding.LZ4 and not is_zero else end - start
+            for at in range(start, end, step):
+                piece = data[at : min(at + step, end)].data
+                flags = ANSWER if at + len(piece) == len(data) else 0
+                if is_zero:
+                    behind, used = memoryview(b""), Coding.ZERO
+                else:
+                    behind, used = _packed(piece, coding)
+                header = Header(Op.BLOCK, used | flags, len(behind), number, offset + at, len(piece))
+                parts += (memoryview(header.encode()), behind)
+                sent += len(behind)
+                if len(parts) >= _PARTS or used is Coding.LZ4:
+                    self._send(parts)
+                    parts = []
+        self._send(parts)
+        self.choice.note(len(data), sent, time.perf_counter() - began)
 
-    def _send_raw(self, buffer: _Buffer, number: int, at: int, start: int, end: int, flags: int) -> None:
-        self._send_header(Header(Op.BLOCK, Coding.RAW | flags, end - start, number, at, end - start), more=True)
-        if not self._lends:
-            self.send_all(buffer.array[start:end].data)
-            return
-        try:
-            while start < end:
-                start += patiently(
-                    self.connection, os.sendfile, self.connection.fileno(), buffer.fd, start, end - start
-                )
-        except SILENT:
-            raise self._nothing_taken() from None
-        except OSError as error:
-            raise self._broken(error) from None
-
-    def _send_header(self, header: Header, *, more: bool) -> None:
-        self.send_all(header.encode(), socket.MSG_MORE if more and self._lends else 0)
-
-    def send_all(self, data: bytes | memoryview, flags: int = 0) -> None:
+    def send_all(self, data: bytes) -> None:
         """Send bytes.
 
         :raises ConnectionLost: the server has gone, or takes nothing.
         """
-        left = memoryview(data)
+        self._send([memoryview(data)])
+
+    def _send(self, parts: list[memoryview]) -> None:
         try:
-            while left:
-                left = left[patiently(self.connection, self.connection.send, left, flags) :]
+            send_all(self.connection, parts)
         except SILENT:
-            raise self._nothing_taken() from None
+            raise ConnectionLost(f"the page server at {self._server} took nothing for {self._timeout:g} s") from None
         except OSError as error:
             raise self._broken(error) from None
 
@@ -178,24 +123,29 @@ class Channel:
 
         :raises ConnectionLost: it does not say so.
         """
-        while self._out:
-            self._hear(len(self._out))
+        while self._unanswered:
+            self._hear()
 
-    def _hear(self, most: int) -> None:
-        """Take answers: at least one."""
-        for answer in self.receive(most):
+    def _hear(self) -> None:
+        """Take answers to chunks: at least one."""
+        answers = self.receive(self._unanswered)
+        for count, answer in enumerate(answers, 1):
             if answer == FAILED:
-                raise self._refused()
-            if answer != DONE or not self._out:
+                raise self._refused(answers[count:])
+            if answer != DONE:
                 raise self._nonsense()
-            self._free.append(self._out.popleft())
+            self._unanswered -= 1
 
     def _nonsense(self) -> ProtocolError:
         return ProtocolError(f"the page server at {self._server} answers what cannot be")
 
-    def _refused(self) -> XferError:
-        (size,) = LENGTH.unpack(self.receive_all(LENGTH.size))
-        text = self.receive_all(min(size, MOST_TEXT)).decode(errors="replace")
+    def _refused(self, begun: bytes = b"") -> XferError:
+        """The error that the server tells of.
+
+        :param begun: what was received of it already, after its first byte.
+        """
+        (size,) = LENGTH.unpack_from(begun := self._more(begun, LENGTH.size))
+        text = self._more(begun, LENGTH.size + min(size, MOST_TEXT))[LENGTH.size :].decode(errors="replace")
         return XferError(f"the page server at {self._server} refuses: {text}")
 
     def receive_answer(self) -> None:
@@ -211,7 +161,10 @@ class Channel:
 
     def receive_all(self, size: int) -> bytes:
         """So many bytes."""
-        data = b""
+        return self._more(b"", size)
+
+    def _more(self, data: bytes, size: int) -> bytes:
+        """What was received, made so many bytes, if it is fewer."""
         while len(data) < size:
             data += self.receive(size - len(data))
         return data
@@ -231,21 +184,13 @@ class Channel:
             raise ConnectionLost(f"the page server at {self._server} hung up: see its log")
         return data
 
-    def _nothing_taken(self) -> ConnectionLost:
-        return ConnectionLost(f"the page server at {self._server} took nothing for {self._timeout:g} s")
-
     def _broken(self, error: OSError) -> ConnectionLost:
         text = f"the connection to the page server at {self._server} broke ({error.strerror}): see its log"
         return ConnectionLost(text, errno=error.errno)
 
     def close(self) -> None:
-        """Close the connection and give up the buffers."""
+        """Close the connection."""
         self.connection.close()
-        for buffer in (*self._free, *self._out, *([self._current] if self._current else [])):
-            buffer.close()
-        self._free.clear()
-        self._out.clear()
-        self._current = None
 
 
 class BlockClient:
@@ -280,7 +225,7 @@ class BlockClient:
         """
         self.server = server
         self._condition = threading.Condition()
-        self._channels = [Channel(connection, server, timeout, CodingChoice("off", BUFFERS, agreed=False))]
+        self._channels = [Channel(connection, server, timeout, CodingChoice("off", ON_THEIR_WAY, agreed=False))]
         try:
             terms = self._agree(channels, parent, compress, migration)
             self.stands_on_parent = terms.get("parent") is True
@@ -289,10 +234,10 @@ class BlockClient:
                 raise XferError("compression by lz4 is not installed at both ends: pip install 'incdump[lz4]' there")
             token = bytes.fromhex(str(terms.get("token", "")))
             for _ in range(min(int(terms["channels"]), channels) - 1):
-                other = Channel(open_another(), server, timeout, CodingChoice(compress, BUFFERS, agreed=agreed))
+                other = Channel(open_another(), server, timeout, CodingChoice(compress, ON_THEIR_WAY, agreed=agreed))
                 self._channels.append(other)
                 other.send_all(JOIN + token)
-            self._channels[0].choice = CodingChoice(compress, BUFFERS, agreed=agreed)
+            self._channels[0].choice = CodingChoice(compress, ON_THEIR_WAY, agreed=agreed)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             self.close()
             raise ProtocolError(f"the page server at {server} offers terms that make no sense") from error
@@ -431,6 +376,15 @@ class BlockClient:
         """Close all connections; a server that was not told the end drops what it has."""
         for channel in self._channels:
             channel.close()
+
+
+def _packed(data: memoryview, coding: Coding) -> tuple[memoryview, Coding]:
+    """What goes over the network for some pages, and how it is coded: as they are, if they do not get smaller."""
+    if coding is Coding.LZ4:
+        packed = compression.compress(data)
+        if len(packed) < len(data):
+            return memoryview(packed), Coding.LZ4
+    return data, Coding.RAW
 
 
 def zero_runs(data: NDArray[np.uint8]) -> list[tuple[int, int, bool]]:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from incdump.errors import ConnectionLost, XferError
-from incdump.images.page_reads import rest_of
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
 from incdump.xfer.blocks import OFFER_MESSAGE, SPEAKS
-from incdump.xfer.sockets import SILENT, connect, hang_up, is_plain, limit_calls, patiently
+from incdump.xfer.sockets import SILENT, connect, hang_up, limit_calls, patiently, send_all
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
@@ -163,17 +162,12 @@ class PageClient:
         return data
 
     def _send(self, parts: list[memoryview]) -> None:
-        while parts:
-            try:
-                if is_plain(self._socket):
-                    sent = patiently(self._socket, self._socket.sendmsg, parts)
-                else:
-                    sent = patiently(self._socket, self._socket.send, parts[0])
-            except SILENT:
-                raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
-            except OSError as error:
-                raise self._broken(error) from None
-            parts = rest_of(parts, sent)
+        try:
+            send_all(self._socket, parts)
+        except SILENT:
+            raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
+        except OSError as error:
+            raise self._broken(error) from None
 
     def _broken(self, error: OSError) -> ConnectionLost:
         return ConnectionLost(

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from incdump.errors import ConnectionLost, XferError
+from incdump.images.page_reads import rest_of
 
 if TYPE_CHECKING:
     from incdump.model.options import TlsFiles
@@ -97,6 +98,20 @@ def patiently(connection: socket.socket, call: Callable[..., _Result], *argument
             before, taken = taken, _taken(connection)
             if taken <= before:
                 raise
+
+
+def send_all(connection: socket.socket, parts: list[memoryview]) -> None:
+    """Send the bytes of all parts, waiting `patiently`.
+
+    :param parts: at most 1,024 (IOV_MAX).
+    :raises OSError: the connection has broken, or the other end takes nothing (`SILENT`).
+    """
+    while parts:
+        if is_plain(connection):
+            sent = patiently(connection, connection.sendmsg, parts)
+        else:
+            sent = patiently(connection, connection.send, parts[0])
+        parts = rest_of(parts, sent)
 
 
 def _taken(connection: socket.socket) -> int:

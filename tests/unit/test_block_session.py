@@ -986,8 +986,7 @@ def own_client(server: Server, **options: Any) -> Iterator[BlockClient]:
 def put(client: BlockClient, number: int, offset: int, data: bytes, *, times: int = 1) -> None:
     for _ in range(times):
         with client.channel() as channel:
-            channel.buffer()[: len(data)] = np.frombuffer(data, np.uint8)
-            channel.send(number, offset, len(data))
+            channel.send(number, offset, np.frombuffer(data, np.uint8))
 
 
 @pytest.mark.parametrize("compress", ["off", "lz4", "auto"])
