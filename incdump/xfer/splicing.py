@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PIPE = 1 << 20
-_WORTH_WAITING_FOR = 512 << 10
+_WORTH_WAITING_FOR = 256 << 10
 """Bytes for which splice(2) is called: a client of the same machine is quicker than the calls for less."""
 
 
