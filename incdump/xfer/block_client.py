@@ -38,7 +38,7 @@ from incdump.xfer.blocks import (
     encode_terms,
 )
 from incdump.xfer.compression import CodingChoice
-from incdump.xfer.sockets import SILENT, hang_up, patiently, send_all, shut_down
+from incdump.xfer.sockets import SILENT, broken_server, hang_up, patiently, send_all, shut_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,12 +111,7 @@ class Channel:
         self._send([memoryview(data)])
 
     def _send(self, parts: list[memoryview]) -> None:
-        try:
-            send_all(self.connection, parts)
-        except SILENT:
-            raise ConnectionLost(f"the page server at {self._server} took nothing for {self._timeout:g} s") from None
-        except OSError as error:
-            raise self._broken(error) from None
+        send_all(self.connection, parts, self._server, self._timeout)
 
     def flush(self) -> None:
         """Wait until the server has all that was sent.
@@ -179,14 +174,10 @@ class Channel:
         except SILENT:
             raise ConnectionLost(f"the page server at {self._server} did not answer for {self._timeout:g} s") from None
         except OSError as error:
-            raise self._broken(error) from None
+            raise broken_server(self._server, error) from None
         if not data:
             raise ConnectionLost(f"the page server at {self._server} hung up: see its log")
         return data
-
-    def _broken(self, error: OSError) -> ConnectionLost:
-        text = f"the connection to the page server at {self._server} broke ({error.strerror}): see its log"
-        return ConnectionLost(text, errno=error.errno)
 
     def close(self) -> None:
         """Close the connection."""

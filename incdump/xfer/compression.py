@@ -60,8 +60,8 @@ def decompress(data: Buffer, size: int) -> memoryview:
 class CodingChoice:
     """Which coding a channel uses: the one by which its blocks got through quicker, tried again now and then.
 
-    What is measured is the time from wanting a buffer to having sent it, which includes the wait for the server's
-    answers; so the first few chunks after a change tell of the coding before.
+    What is measured is the time that it takes to send a chunk, which includes the wait for the server's answers; so the
+    first few chunks after a change tell of the coding before.
     """
 
     EPOCH, KEEP = 16, 12

@@ -20,7 +20,7 @@ import numpy as np
 from incdump.errors import ConnectionLost, XferError
 from incdump.model.runs import PAGE_SHIFT, PE_PRESENT
 from incdump.xfer.blocks import OFFER_MESSAGE, SPEAKS
-from incdump.xfer.sockets import SILENT, connect, hang_up, limit_calls, patiently, send_all
+from incdump.xfer.sockets import SILENT, broken_server, connect, hang_up, limit_calls, patiently, send_all
 from incdump.xfer.wire import ANSWER, Command, Layout, Message, encode, encode_runs, late_end
 
 if TYPE_CHECKING:
@@ -155,25 +155,14 @@ class PageClient:
             except SILENT:
                 raise _Silence(f"the page server at {self.server} did not answer for {self._timeout:g} s") from None
             except OSError as error:
-                raise self._broken(error) from None
+                raise broken_server(self.server, error) from None
             if not more:
                 raise ConnectionLost(f"the page server at {self.server} hung up: see its log")
             data += more
         return data
 
     def _send(self, parts: list[memoryview]) -> None:
-        try:
-            send_all(self._socket, parts)
-        except SILENT:
-            raise ConnectionLost(f"the page server at {self.server} took nothing for {self._timeout:g} s") from None
-        except OSError as error:
-            raise self._broken(error) from None
-
-    def _broken(self, error: OSError) -> ConnectionLost:
-        return ConnectionLost(
-            f"the connection to the page server at {self.server} broke ({error.strerror}): see its log",
-            errno=error.errno,
-        )
+        send_all(self._socket, parts, self.server, self._timeout)
 
 
 class _Silence(ConnectionLost):

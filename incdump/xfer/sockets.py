@@ -100,18 +100,24 @@ def patiently(connection: socket.socket, call: Callable[..., _Result], *argument
                 raise
 
 
-def send_all(connection: socket.socket, parts: list[memoryview]) -> None:
-    """Send the bytes of all parts, waiting `patiently`.
+def send_all(connection: socket.socket, parts: list[memoryview], server: str, timeout: float) -> None:
+    """Send a page server the bytes of all parts, waiting `patiently`.
 
     :param parts: at most 1,024 (IOV_MAX).
-    :raises OSError: the connection has broken, or the other end takes nothing (`SILENT`).
+    :param server: where it is, and the timeout of `limit_calls`, for messages.
+    :raises ConnectionLost: the server has gone, or takes nothing.
     """
-    while parts:
-        if is_plain(connection):
-            sent = patiently(connection, connection.sendmsg, parts)
-        else:
-            sent = patiently(connection, connection.send, parts[0])
-        parts = rest_of(parts, sent)
+    try:
+        while parts:
+            if is_plain(connection):
+                sent = patiently(connection, connection.sendmsg, parts)
+            else:
+                sent = patiently(connection, connection.send, parts[0])
+            parts = rest_of(parts, sent)
+    except SILENT:
+        raise ConnectionLost(f"the page server at {server} took nothing for {timeout:g} s") from None
+    except OSError as error:
+        raise broken_server(server, error) from None
 
 
 def _taken(connection: socket.socket) -> int:
@@ -172,6 +178,12 @@ def farewell(connection: socket.socket, last: bytes) -> None:
 def broken(error: OSError) -> ConnectionLost:
     """The error for a system call that failed on the connection to a client."""
     return ConnectionLost(f"the connection broke: {error.strerror}", errno=error.errno)
+
+
+def broken_server(server: str, error: OSError) -> ConnectionLost:
+    """The error for a system call that failed on the connection to a page server."""
+    text = f"the connection to the page server at {server} broke ({error.strerror}): see its log"
+    return ConnectionLost(text, errno=error.errno)
 
 
 def silence(timeout: float | None) -> ConnectionLost:
