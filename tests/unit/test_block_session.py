@@ -263,6 +263,9 @@ def _nothing_is_left() -> Iterator[None]:
     """Descriptors and threads are what they were before the test."""
     threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)  # anyio's end by themselves, soon after their loop
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
