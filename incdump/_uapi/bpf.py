@@ -73,13 +73,18 @@ def iterate_vmas(program: int, pid: int) -> list[tuple[int, int, int]]:
         fd = _bpf(_ITER_CREATE, struct.pack("=II", link, 0))
     finally:
         os.close(link)
-    data = bytearray()
+    rows: list[tuple[int, int, int]] = []
     try:
         while part := os.read(fd, _BUFFER):
-            data += part
+            more = list(_ROW.iter_unpack(part))
+            # At its end the iterator does not stay: once it has let go of mmap_lock, for a writer or between two reads,
+            # the next read begins again with the mapping where it did, and so on for ever.
+            if rows and more[0][0] < rows[-1][1]:
+                break
+            rows += more
     finally:
         os.close(fd)
-    return list(_ROW.iter_unpack(data))
+    return rows
 
 
 def _program(members: list[int]) -> bytes:

@@ -92,8 +92,8 @@ def _why(log: Path) -> str:
         return f": {said}"
     with suppress(OSError):
         disk = os.statvfs(log.parent)
-        if disk.f_blocks and not disk.f_bavail:  # a file system without a size has 0 of 0
-            return f", and logged no reason: there is no space left for its log in {log.parent}"
+        if disk.f_blocks and not disk.f_bfree:  # not even for root; a file system without a size has 0 of 0
+            return f", and logged no reason; no space is left in {log.parent}"
     return ", and logged no reason"
 
 

@@ -286,7 +286,8 @@ class CheckpointRun(DumpRun):
         """Everything stands still: scan and copy, while CRIU does the rest."""
         began = time.monotonic_ns()
         await in_thread(self._take_up_frozen, break_off=self._break_off)
-        await in_thread(self._begin_but_for, run.scanned, break_off=self._break_off)
+        if run.scanned:
+            await in_thread(self._begin_but_for, run.scanned, break_off=self._break_off)
         run.go_on()
         self._tell("dumping")
         await pipeline.run(self._owners())
@@ -447,7 +448,7 @@ class _Run:
 
     @property
     def scanned(self) -> set[int]:
-        """The processes that a CRIU on a leash has scanned. One that is not has been at all of them by now."""
+        """The processes that a CRIU on a leash has scanned. One that is on none has been at all of them by now."""
         return self._criu.scanned if isinstance(self._criu, LeashedCriu) else set()
 
     @property

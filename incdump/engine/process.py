@@ -1,9 +1,9 @@
 """One process of a dump: its mappings, what becomes of their pages, its image.
 
 What was written is the business of its `incdump.engine.watch.Watch`; this is the `PageOwner` of
-`incdump.engine.pipeline`. The engine calls, in this order: `prepare`; `freeze`, if the tree is frozen; then the
-pipeline `windows`, `classify`, `chunks` and `write`; then `finish`; and at last, when the images dir is complete,
-`commit`, or whatever happened `give_back`.
+`incdump.engine.pipeline`. The engine calls, in this order: `prepare`; `freeze`, if the tree is frozen, and `begin`, if
+the watch may not wait for the scan; then the pipeline `windows`, `classify`, `chunks` and `write`; then `finish`; and
+at last, when the images dir is complete, `commit`, or whatever happened `give_back`.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ class ProcessDump:
         """
         known, self.prepared = self.prepared, True
         self._stands_still = until_read
+        self._begun = None
         self.task = self._watch.task = task
         if self._memory is not None:
             self._memory.close()
@@ -199,14 +200,14 @@ class ProcessDump:
     def begin(self) -> None:
         """Have the mappings of the frozen process watched now, rather than when it is scanned. Blocks."""
         if not self.exited:
-            with contextlib.suppress(TargetExited):  # the scan finds out
+            with contextlib.suppress(TargetExited, NoSuchTarget):  # the scan finds out
                 self._begun = self._begin()
 
     def collect(self) -> None:
         """Scan now, and keep the windows for later: for a tracker that needs the target stopped meanwhile. Blocks."""
         try:
             self._collected = list(self._scan())
-        except TargetExited:
+        except (TargetExited, NoSuchTarget):
             self.exited = True
 
     def windows(self) -> Iterator[Window]:

@@ -61,7 +61,7 @@ class ShortSmaps:
         """The text, of a process that stands still.
 
         :raises OSError: it cannot be had. EAGAIN: maps and the iterator tell of other mappings. EOPNOTSUPP: one has a
-            flag for which there is no word.
+            flag that is not known.
         """
         with open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
             shown = file.readall().split(b"\n")[:-1]
@@ -113,20 +113,20 @@ def _learn(program: int) -> tuple[dict[int, bytes], dict[bytes, bytes]]:
         before = bpf.iterate_vmas(program, os.getpid())
         with open("/proc/self/smaps", "rb", buffering=0) as file:
             told = dict(_headers_and_flags(file.readall()))
-        # Others may be other mappings by now: this process has threads.
-        same = set(before) & set(bpf.iterate_vmas(program, os.getpid()))
-        flags = {(start, end): flags for start, end, flags in same}
+        after = bpf.iterate_vmas(program, os.getpid())
+    # Others may be other mappings by now: this process has threads. The heap may have grown.
+    flags = dict({(start, flags) for start, _, flags in before} & {(start, flags) for start, _, flags in after})
     samples: list[tuple[list[int], list[bytes]]] = []
     gate: dict[bytes, bytes] = {}
     for line, said in told.items():
         match = _HEADER.fullmatch(line)
         if match is None:
             continue
-        bounds = int(match[1], 16), int(match[2], 16)
-        if line.endswith(_GATE) and bounds not in flags:
+        start = int(match[1], 16)
+        if line.endswith(_GATE) and start not in flags:
             gate[line] = said
-        if bounds in flags and (bounds[0] in ours or line.endswith(_SPECIAL)):
-            samples.append((_bits(flags[bounds]), said.split()[1:]))
+        if start in flags and (start in ours or line.endswith(_SPECIAL)):
+            samples.append((_bits(flags[start]), said.split()[1:]))
     return words_of_bits(samples), gate
 
 

@@ -75,7 +75,7 @@ class Channel:
 
         :param number: of the pages image.
         :param offset: where they go there, bytes.
-        :param data: the pages, shape (bytes,); at most `MOST_BEHIND`.
+        :param data: the pages, shape (bytes,); one at least, at most `MOST_BEHIND`.
         :raises ConnectionLost: the server has gone, takes nothing, or refuses.
         """
         began = time.perf_counter()

@@ -389,16 +389,20 @@ def test_a_criu_that_is_killed_and_leaves_a_process_behind_is_not_waited_for(ima
 @in_own_namespaces
 def test_a_criu_that_is_killed_while_it_waits_for_the_watch_to_begin_is_noticed(images_root: Path) -> None:
     register, look = UffdWpRound.register, LeashedCriu._left_to_us
-    crius: set[int] = set()
+    held: list[tuple[LeashedCriu, int]] = []
 
     def kill_criu(self: UffdWpRound, vmas: VmaTable) -> NDArray[np.bool_]:
-        while crius:
-            os.kill(crius.pop(), signal.SIGKILL)
+        while held:
+            criu, pid = held.pop()
+            assert not criu._may_go_on.is_set()
+            os.kill(pid, signal.SIGKILL)
         return register(self, vmas)
 
     def note_criu(self: LeashedCriu, notification: Notification) -> int | None:
-        crius.add(notification.pid)
-        return look(self, notification)
+        pid = look(self, notification)
+        if pid is not None:
+            held.append((self, notification.pid))
+        return pid
 
     with restorable_churn(images_root, seed=22, processes=2, ops=PRIVATE_OPS) as target:
         predump(target, images_root / "1")
@@ -514,7 +518,8 @@ def kill(process: subprocess.Popen[bytes], victim: str, moment: float) -> bool:
             name = "flock" if victim == "script" else "criu"
             for pid, words in at_work.items():
                 if any(os.path.basename(word) == name for word in words[:4]):
-                    os.kill(pid, signal.SIGKILL)
-                    return True
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        return True
         time.sleep(0.001)
     return False

@@ -288,6 +288,7 @@ def test_incdump_is_killed_whenever_criu_waits_for_it_and_the_tree_runs_on(image
             assert not any(oracle.states(pid) & set("tT") for pid in oracle.tree(target.pid).values())
             target.check()
             if (images / "inventory.img").exists():  # at the last of them, the script's, the gate has been reached
+                assert (images / engine.GATE / "reached").exists()
                 assert command("check", images).code == 0
         assert number > 3 * len(oracle.tree(target.pid))
         prove_next(target, images_root / "next", f"../{number}-killed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,42 @@ def test_whatever_a_program_maps_it_is_what_smaps_tells(smaps: ShortSmaps) -> No
             with oracle.stopped_tree(target.pid) as pids:
                 for pid in pids.values():
                     assert smaps.read(pid) == wanted(pid)
+
+
+MANY = """
+for number in range(5000):
+    mapping.map_pages(PAGE, 1 + 2 * (number % 2), mapping.MAP_PRIVATE | mapping.MAP_ANONYMOUS)
+tell()
+"""
+
+
+@pytest.mark.timeout(60)
+def test_more_mappings_than_the_kernel_tells_in_one_read(smaps: ShortSmaps) -> None:
+    """The iterator begins again after its end: it was read for ever."""
+    with victim(MANY) as target:
+        assert smaps.read(target.pid) == wanted(target.pid)
+
+
+@pytest.mark.timeout(60)
+def test_the_end_is_found_while_others_wait_for_the_mappings(smaps: ShortSmaps) -> None:
+    """The kernel lets go of the lock for them, and then does not know its end either."""
+    ended = threading.Event()
+
+    def map_and_unmap() -> None:
+        while not ended.is_set():
+            mapping.unmap(mapping.map_anonymous(PAGE_SIZE), PAGE_SIZE)
+
+    others = [threading.Thread(target=map_and_unmap) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(300):
+            rows = bpf.iterate_vmas(smaps._program, os.getpid())
+            assert 10 < len(rows) < 5000
+    finally:
+        ended.set()
+        for other in others:
+            other.join()
 
 
 def test_a_flag_that_is_not_known_is_not_guessed(smaps: ShortSmaps, monkeypatch: pytest.MonkeyPatch) -> None:
