@@ -26,7 +26,7 @@ _LINK = struct.Struct("=IIIIQI4x")
 _TASK = struct.Struct("=III4x")  # tid, pid, pid_fd
 _LICENCE = b"Dual MIT/GPL"  # of the few instructions below, which the kernel asks for: its bpf_seq_write() is GPL only
 _ROW = struct.Struct("=QQQ")
-_BUFFER = 64 << 10
+_BUFFER = 4096 * _ROW.size  # whole rows, however many the kernel has ready
 
 # Instructions: operation, destination and source register, offset, immediate value.
 _LOAD64, _STORE64, _MOVE, _SET, _ADD, _IF_ZERO, _CALL, _EXIT = 0x79, 0x7B, 0xBF, 0xB7, 0x07, 0x15, 0x85, 0x95

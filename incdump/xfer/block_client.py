@@ -139,9 +139,10 @@ class Channel:
 
         :param begun: what was received of it already, after its first byte.
         """
-        (size,) = LENGTH.unpack_from(begun := self._more(begun, LENGTH.size))
-        text = self._more(begun, LENGTH.size + min(size, MOST_TEXT))[LENGTH.size :].decode(errors="replace")
-        return XferError(f"the page server at {self._server} refuses: {text}")
+        begun = self.receive_all(LENGTH.size, begun)
+        (size,) = LENGTH.unpack_from(begun)
+        text = self.receive_all(LENGTH.size + min(size, MOST_TEXT), begun)[LENGTH.size :]
+        return XferError(f"the page server at {self._server} refuses: {text.decode(errors='replace')}")
 
     def receive_answer(self) -> None:
         """Wait for the answer to a message.
@@ -154,12 +155,8 @@ class Channel:
         if answer != DONE:
             raise self._nonsense()
 
-    def receive_all(self, size: int) -> bytes:
-        """So many bytes."""
-        return self._more(b"", size)
-
-    def _more(self, data: bytes, size: int) -> bytes:
-        """What was received, made so many bytes, if it is fewer."""
+    def receive_all(self, size: int, data: bytes = b"") -> bytes:
+        """So many bytes, those included that were received already."""
         while len(data) < size:
             data += self.receive(size - len(data))
         return data

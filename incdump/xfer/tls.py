@@ -1,7 +1,7 @@
 """TLS between a page server and its client: each end shows a certificate that the other's authority has signed.
 
-As with CRIU, whose options have the same names. Neither end can splice then: every byte goes through
-the process, to be encrypted.
+As with CRIU, whose options have the same names. Neither end can splice then: every byte goes through the
+process, to be encrypted.
 """
 
 from __future__ import annotations
