@@ -96,13 +96,12 @@ def dump(pid: int, images: Path, *options: str | os.PathLike[str]) -> None:
 
     :raises CriuFailed: with the errors that it logged.
     """
-    command = ("dump", images, "--tree", str(pid), *options)
     try:
-        criu(*command)
+        criu("dump", images, "--tree", str(pid), *options)
     except CriuFailed as error:
         if TRIES_AGAIN not in str(error):
             raise
-        criu(*command)
+        criu("dump", images, "--tree", str(pid), *options)
 
 
 def restore(images: Path, *options: str | os.PathLike[str]) -> None:
