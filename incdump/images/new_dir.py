@@ -347,7 +347,10 @@ def _parent_hint(here: str, parent: str) -> str:
 
 
 def unfinished(path: Path) -> ImagesError:
-    """The error for an images dir without an inventory."""
-    return UnfinishedImages(
-        f"{path} holds no finished dump (no {INVENTORY}): remove it, and start from an older one", path=path
-    )
+    """The error for a directory without an inventory. Only where it holds images, and so is an images dir at all, is
+    removing it the advice."""
+    what = f"{path} holds no finished dump (no {INVENTORY})"
+    with suppress(OSError):
+        if any(_IMAGE_NAME.fullmatch(name) for name in os.listdir(path)):
+            return UnfinishedImages(f"{what}: remove it, and start from an older one", path=path)
+    return UnfinishedImages(f"{what}, nor any images: give the directory of a dump", path=path)

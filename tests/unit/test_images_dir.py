@@ -247,9 +247,16 @@ def test_any_chain_reads_as_page_by_page_lookups_do(levels: list[dict[int, int]]
 
 class TestTheDirectory:
     def test_one_without_an_inventory_is_unfinished(self, tmp_path: Path) -> None:
+        (tmp_path / "pages-1.img").touch()
         with pytest.raises(UnfinishedImages, match=r"no inventory\.img\): remove it"):
             ImagesDir(tmp_path)
         assert ImagesDir(tmp_path, must_be_complete=False).pids() == []
+
+    def test_what_is_no_images_dir_is_never_to_be_deleted(self, tmp_path: Path) -> None:
+        (tmp_path / "passwd").touch()
+        with pytest.raises(UnfinishedImages, match=r"nor any images: give the directory of a dump") as raised:
+            ImagesDir(tmp_path)
+        assert "remove it" not in str(raised.value)
 
     def test_one_that_does_not_exist_is_an_io_error(self, tmp_path: Path) -> None:
         with pytest.raises(ImagesIOError, match="No such file or directory; check the path"):
