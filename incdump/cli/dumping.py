@@ -12,6 +12,7 @@ import click
 from incdump.cli.invocation import SECONDS, Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
+from incdump.cli.target import TargetPid
 from incdump.cli.tls import take_tls, tls_options
 from incdump.model.options import COMPRESSIONS, PAGEMAPS, PROTOCOLS, TRACKERS, DumpOptions, default_writers
 from incdump.proc.tree import check_target
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
 _TARGET_OPTIONS = (
-    click.option("-t", "--tree", "pid", type=click.IntRange(min=1), required=True, metavar="PID", help="The target."),
+    click.option("-t", "--tree", "pid", type=TargetPid(), required=True, metavar="PID", help="The target."),
     click.option(
         "-D",
         "--images-dir",

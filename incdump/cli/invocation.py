@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from incdump.cli.target import hint_at_target
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ class Command(click.Command):
     """A command that takes CRIU's spelling of verbosity, ``-v4``, for ``-vvvv``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        takes_target = any("--tree" in parameter.opts for parameter in self.params)
+        if takes_target and (hint := hint_at_target(args)):
+            ctx.fail(hint)
         return super().parse_args(ctx, [spelt for arg in args for spelt in _spell_out(arg)])
 
 

@@ -29,8 +29,8 @@ COMMANDS = (
     "predump", "dump", "checkpoint", "restore", "precopy", "migrate", "receive", "check", "untrack", "page-server",
     "doctor",
 )  # fmt: skip
-ALIASES = {"pre-dump": "predump"}
-"""CRIU's name for it."""
+ALIASES = {"pre-dump": "predump", "pre-copy": "precopy"}
+"""CRIU's name, and the field's, for what is one word here."""
 
 USAGE_ERROR = 2
 OTHER_ERROR = 1

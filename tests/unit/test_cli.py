@@ -73,7 +73,7 @@ def test_no_command_at_all_shows_the_help_and_fails(capsys: Capture) -> None:
 
 
 def test_crius_name_of_a_predump_is_understood(capsys: Capture) -> None:
-    assert ALIASES == {"pre-dump": "predump"}
+    assert ALIASES["pre-dump"] == "predump"
     assert main(["pre-dump", "--help"]) == 0
     assert "--prev-images-dir" in capsys.readouterr().out
 
@@ -83,7 +83,9 @@ def test_crius_name_of_a_predump_is_understood(capsys: Capture) -> None:
     [
         (["dumb"], "no such command: dumb"),
         (["dump"], "missing option '-t' / '--tree'"),
-        (["dump", "-t", "x"], "'x' is not a valid integer"),
+        (["dump", "-t", "x/y"], "'x/y' is not a process number; ps -e lists processes"),
+        (["predump", "24987"], "name the target by -t: -t 24987"),
+        (["migrate", "24987", "host:1"], "name the target by -t: -t 24987"),
         (["dump", "-t", "0"], "0 is not in the range x>=1"),
         (["dump", "-t", "-1"], "-1 is not in the range x>=1"),
         (["dump", "-t", "1", "--foo"], "no such option"),
@@ -109,6 +111,23 @@ def test_a_wrong_command_line_is_refused_in_one_line(capsys: Capture, args: list
     error = usage_error(capsys, *args)
     assert words.lower() in error.lower()
     assert "--help`)" in error
+
+
+def test_a_target_that_is_named_is_answered_by_the_numbers_of_that_name(capsys: Capture) -> None:
+    named = subprocess.Popen(
+        ["/bin/sh", "-c", "printf incdump-named > /proc/$$/comm; echo ready; read _"], stdin=-1, stdout=-1
+    )
+    try:
+        assert named.stdout is not None
+        assert named.stdout.readline() == b"ready\n"
+        assert f"the processes of that name are {named.pid} " in usage_error(capsys, "dump", "-t", "incdump-named")
+    finally:
+        named.communicate(b"\n")
+
+
+def test_precopy_is_understood_as_the_field_writes_it(capsys: Capture) -> None:
+    assert main(["pre-copy", "--help"]) == 0
+    assert "incdump pre-copy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
