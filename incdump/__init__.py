@@ -79,8 +79,10 @@ if TYPE_CHECKING:
         MappingWrites,
         PrecopyPolicy,
         PrecopyRound,
+        Rule,
         should_stop,
     )
+    from incdump.model.runs import Runs
     from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, FreezePart, RestoreResult, freeze_parts
 
 __version__ = "0.1.0.dev0"
@@ -102,6 +104,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "Freeze",
     "MappingWrites",
     "should_stop",
+    "Rule",
     "DidNotConverge",
     # to another host
     "migrate",
@@ -133,6 +136,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "check_against",
     "ChainReport",
     "AgainstReport",
+    "Runs",
     # errors
     "IncdumpError",
     "TargetError",
@@ -175,6 +179,8 @@ _HOME = {
     "Freeze": "incdump.model.precopy",
     "MappingWrites": "incdump.model.precopy",
     "should_stop": "incdump.model.precopy",
+    "Rule": "incdump.model.precopy",
+    "Runs": "incdump.model.runs",
     "migrate": "incdump.engine.migrate",
     "MigrateResult": "incdump.engine.migrate",
     "Receiver": "incdump.engine.receive",

@@ -57,7 +57,7 @@ def end_fields(
     """The fields of the last JSON object that tell of the loop."""
     return {
         "rounds": len(result.rounds),
-        "why": "" if result.decision is None else result.decision.why,
+        "why": result.why,
         "downtime": result.downtime,
         "frozen_at": result.frozen_at,
         "freeze": [{"part": part.name, "seconds": part.microseconds / 1e6} for part in parts],
@@ -83,7 +83,7 @@ def show_end(
     """
     from incdump.cli.text import Fact, bytes_text, show_facts, time_text
 
-    facts = [Fact("rounds", str(len(result.rounds)), result.decision.why if result.decision else ""), *own]
+    facts = [Fact("rounds", str(len(result.rounds)), result.why), *own]
     deferred = result.rounds[-1].bytes_deferred if result.rounds else 0
     if deferred:
         facts.append(Fact("left for last", bytes_text(deferred), "written in every round"))

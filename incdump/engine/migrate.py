@@ -97,6 +97,11 @@ class MigrateResult:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def why(self) -> str:
+        """Why the loop ended, as one line; empty before its first decision."""
+        return "" if self.decision is None else self.decision.why
+
 
 async def migrate(
     pid: int,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from incdump.engine.dump import Kind
     from incdump.engine.precopy import PrecopyResult
+    from incdump.model.options import WayName
     from incdump.model.precopy import Decision, Freeze, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
 
@@ -90,6 +91,30 @@ class Session:
         """
 
         make = partial(self._dump, "dump", images_dir, options or self.options, progress)
+        return await self._run(images_dir, parent, make)
+
+    async def checkpoint(
+        self,
+        images_dir: str | os.PathLike[str],
+        *,
+        parent: str | os.PathLike[str] | object | None = _LAST,
+        options: DumpOptions | None = None,
+        criu: str | None = None,
+        criu_options: Sequence[str] = (),
+        way: WayName = "auto",
+        progress: Callable[[str, DumpStats], None] | None = None,
+    ) -> DumpResult:
+        """A complete checkpoint, as `incdump.checkpoint`; `parent` as in `predump`.
+
+        :param options: instead of the session's. ``options.afterwards`` says what becomes of the tree: by the session's
+            own options it runs on, unless they say otherwise, where `incdump.checkpoint` would have it killed.
+        """
+        from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
+
+        def make(text: str | None) -> Awaitable[DumpResult]:
+            arguments = (self.pid, images_dir, text, options or self.options, self._keeper, progress)
+            return CheckpointRun(*arguments, proved=self._proved).with_criu(criu, criu_options, way)
+
         return await self._run(images_dir, parent, make)
 
     def _dump(

@@ -1,4 +1,4 @@
-"""The pre-copy loop of a session that ends in a checkpoint: it is restored, and the tree finds all of its memory."""
+"""Checkpoints by a session, alone and at the end of a pre-copy loop: restored, the tree finds all of its memory."""
 
 from __future__ import annotations
 
@@ -70,6 +70,30 @@ def test_it_is_restored(images_root: Path) -> None:
         target.step(50)
         run(target, job)
         revive(target, images_root / "chain" / "6")
+        target.step(20)
+        target.quit()
+
+
+@in_own_namespaces
+def test_a_session_makes_checkpoints_on_top_of_its_dumps(images_root: Path) -> None:
+    with restorable_churn(images_root, seed=134, threads=2, processes=2, mib=16) as target:
+
+        async def job(session: incdump.Session) -> None:
+            await session.predump(images_root / "1")
+            target.step(50)
+            running = await session.checkpoint(images_root / "2", criu=str(criu_path()))
+            assert running.incremental
+            assert is_untouched(target.pid)
+            target.step(50)
+            killing = of_forced_tracker(DumpOptions(afterwards="killed"))
+            last = await session.checkpoint(images_root / "3", options=killing, criu=str(criu_path()))
+            assert last.incremental
+            assert last.parent == running.images_dir
+            assert not exists(target.pid)
+
+        target.step(50)
+        run(target, job, "running")
+        revive(target, images_root / "3")
         target.step(20)
         target.quit()
 
