@@ -185,7 +185,9 @@ def _take_report(_ctx: click.Context, parameter: click.Parameter, value: str | N
     except OSError as error:
         raise refuse(f"cannot write to {os.path.dirname(path)}: {error.strerror}") from None
     if find_spec(_LIBRARY) is None:
-        raise IncdumpError(f"--report needs {_LIBRARY}, which is not installed: pip install 'incdump[report]'")
+        raise IncdumpError(
+            f"--report needs {_LIBRARY}, which is not installed: in incdump's checkout, pip install '.[report]'"
+        )
     return Report(path, file_format)
 
 

@@ -219,7 +219,7 @@ class BlockClient:
             self.stands_on_parent = terms.get("parent") is True
             agreed = compression.LZ4 in terms.get("compression", ())
             if compress == "lz4" and not agreed:
-                raise XferError("compression by lz4 is not installed at both ends: pip install 'incdump[lz4]' there")
+                raise XferError("lz4 is not installed at both ends: in incdump's checkout there, pip install '.[lz4]'")
             token = bytes.fromhex(str(terms.get("token", "")))
             for _ in range(min(int(terms["channels"]), channels) - 1):
                 other = Channel(open_another(), server, timeout, CodingChoice(compress, ON_THEIR_WAY, agreed=agreed))

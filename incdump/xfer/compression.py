@@ -1,4 +1,4 @@
-"""Compression of blocks on their way: lz4, where it is installed (``pip install incdump[lz4]``)."""
+"""Compression of blocks on their way: lz4, where it is installed (the extra ``lz4``)."""
 
 from __future__ import annotations
 

@@ -276,5 +276,5 @@ def test_without_the_library_it_is_said_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(report_module, "find_spec", lambda _name: None)
     assert main(["precopy", "-t", str(NO_PID), "-D", str(tmp_path / "1"), "--report", str(tmp_path / "a.SVG")]) == 1
-    assert "pip install 'incdump[report]'" in capsys.readouterr().err
+    assert "pip install '.[report]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
