@@ -331,6 +331,13 @@ class Loop:
 
     def _did_not_converge(self, decision: Decision) -> DidNotConverge:
         now = decision.estimate
+        if decision.allow is not None:
+            return DidNotConverge(
+                f"process {self._pid} cannot stand still for only {self._policy.downtime:g} s: {decision.why}. It runs "
+                "on as before",
+                pid=self._pid,
+                path=self._path,
+            )
         rest = "" if now.downtime is None else f"; stopped now, it would stand still for {now.downtime:.2f} s"
         most = f"; most is written to {', '.join(self.result.hottest)}" if self.result.hottest else ""
         return DidNotConverge(

@@ -51,6 +51,15 @@ _LATELY = 3
 """Rounds whose scans count."""
 _SHRINKS = 0.9
 """Of the least that was dirty in an earlier round; more, twice in a row, and the rounds no longer shrink."""
+_STALLED_ROUNDS = 8
+_STALLED_SECONDS = 2.0
+"""Rounds that do not shrink for so many in a row, and for so long, end the loop: a burst of writes may be shorter."""
+_MOST_ROUNDS = 200
+"""Each has a directory of its own."""
+_CERTAIN = 0.5
+"""Of the estimated floor of a stop: it was not seen to be wrong by more than a factor of two."""
+_AMPLE = 1.25
+"""Of what a stop is estimated to take: advised as the downtime to allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,12 +197,16 @@ class Estimate:
     :ivar bandwidth: bytes copied in a second; None before anything was copied.
     :ivar dirty_bytes: to be copied; None when the rate is not known.
     :ivar downtime: seconds for which it would stand still; None when something of this is not known.
+    :ivar floor: of these, what it would take with nothing left to copy; None before the second round.
+    :ivar restoring: of the floor, filling the memory over there.
     """
 
     dirty_rate: float | None
     bandwidth: float | None
     dirty_bytes: int | None
     downtime: float | None
+    floor: float | None = None
+    restoring: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,12 +216,14 @@ class Decision:
     :ivar verdict: ``"go on"``, ``"stop"`` (the final dump is next), ``"cancel"`` or ``"throttle"`` (and go on).
     :ivar why: one line for people.
     :ivar converges: whether the rounds still shrink.
+    :ivar allow: where `why` is that the allowed downtime cannot be reached: seconds that would have to be allowed.
     """
 
     verdict: Verdict
     why: str
     estimate: Estimate
     converges: bool = True
+    allow: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -237,9 +252,10 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     others = _mean([r.bytes_written / seconds for r, seconds in zip(history[1:], apart, strict=True)])
     bandwidth = _bandwidth(history)
     beside = _beside_memory(history, policy.final)
-    fixed = _mean([freeze.fixed for freeze in freezes])
+    fixed, restoring = _mean([freeze.fixed for freeze in freezes]), 0.0
     if fixed is None:
-        fixed = _STOPPED[policy.final] * beside + _restoring(history, policy)
+        restoring = _restoring(history, policy)
+        fixed = _STOPPED[policy.final] * beside + restoring
     last = history[-1]
     dirty: float | None = None
     if not last.bytes_dirty:
@@ -251,7 +267,14 @@ def estimate(history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Se
     copying = None if dirty is None else _copying(history, dirty, bandwidth)
     downtime = None if dirty is None or copying is None else fixed + max(_scanning(history, dirty), copying)
     dirty_bytes = None if dirty is None else int(dirty)
-    return Estimate(dirty_rate=rate, bandwidth=bandwidth, dirty_bytes=dirty_bytes, downtime=downtime)
+    return Estimate(
+        dirty_rate=rate,
+        bandwidth=bandwidth,
+        dirty_bytes=dirty_bytes,
+        downtime=downtime,
+        floor=fixed if len(history) > 1 else None,
+        restoring=restoring,
+    )
 
 
 def _restoring(history: Sequence[PrecopyRound], policy: PrecopyPolicy) -> float:
@@ -327,6 +350,37 @@ def converges(history: Sequence[PrecopyRound]) -> bool:
     return len(sizes) < 3 or min(sizes[-2:]) < _SHRINKS * min(sizes[:-2])
 
 
+def has_stalled(history: Sequence[PrecopyRound]) -> bool:
+    """Whether the rounds have not shrunk for so long that they cannot be expected to any more."""
+    low, since = history[0].bytes_dirty, history[0]
+    for done in history[1:]:
+        if done is history[1] or done.bytes_dirty < _SHRINKS * low:
+            low, since = done.bytes_dirty, done
+    last = history[-1]
+    return last.number - since.number >= _STALLED_ROUNDS and last.ended - since.ended >= _STALLED_SECONDS
+
+
+def _downtime_to_allow(now: Estimate, policy: PrecopyPolicy) -> float | None:
+    """Seconds that would have to be allowed where a stop that copies nothing takes longer than what is; else None."""
+    if now.floor is None or policy.final == "none" or _CERTAIN * now.floor <= policy.downtime:
+        return None
+    return _AMPLE * max(now.floor, now.downtime or 0.0)
+
+
+def _out_of_reach(now: Estimate, allow: float) -> str:
+    """Why the allowed downtime cannot be reached, and what to allow."""
+    restoring = f", {seconds_text(now.restoring)} of it to fill the memory over there" if now.restoring else ""
+    floor = seconds_text(now.floor or 0.0)
+    return (
+        f"a stop takes about {floor} even with nothing left to copy{restoring}: allow --downtime {seconds_text(allow)}"
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds as --downtime takes them, two digits: ``"85ms"``, ``"1.5s"``."""
+    return f"{float(f'{seconds:.2g}'):g}s" if seconds >= 0.995 else f"{max(1, round(float(f'{seconds * 1e3:.2g}')))}ms"
+
+
 def should_stop(
     history: Sequence[PrecopyRound], policy: PrecopyPolicy, freezes: Sequence[Freeze] = (), throttled: float = 0.0
 ) -> Decision:
@@ -336,10 +390,16 @@ def should_stop(
     :param throttled: how much the target is being slowed down, 0 to 1.
     """
     now = estimate(history, policy, freezes)
-    shrinks = converges(history)
+    shrinks, stalled = converges(history), has_stalled(history)
+    allow = _downtime_to_allow(now, policy)
 
-    def decide(verdict: Verdict, why: str) -> Decision:
-        return Decision(verdict=verdict, why=why, estimate=now, converges=shrinks)
+    def decide(verdict: Verdict, why: str, allow: float | None = None) -> Decision:
+        return Decision(verdict=verdict, why=why, estimate=now, converges=shrinks, allow=allow)
+
+    def give_up(why: str) -> Decision:
+        if policy.on_timeout == "cancel":
+            return decide("cancel", why)
+        return decide("stop" if policy.on_timeout == "force" or throttled >= 1 else "throttle", why)
 
     last = history[-1]
     if not last.bytes_dirty:
@@ -348,15 +408,18 @@ def should_stop(
         return decide("stop", f"the rest takes about {now.downtime * 1e3:.0f} ms")
     if policy.max_rounds is not None and len(history) >= policy.max_rounds:
         return decide("stop", f"{policy.max_rounds} rounds are over")
+    if allow is not None and policy.max_rounds is None and (policy.on_timeout == "cancel" or stalled):
+        # To slow the target down, or to go on until the time is over, would not help.
+        return decide("cancel" if policy.on_timeout == "cancel" else "stop", _out_of_reach(now, allow), allow)
     if last.ended >= policy.timeout:
-        if policy.on_timeout == "cancel":
-            return decide("cancel", f"{policy.timeout:g} s are over")
-        if policy.on_timeout == "force" or throttled >= 1:
-            return decide("stop", f"{policy.timeout:g} s are over")
-        return decide("throttle", f"{policy.timeout:g} s are over")
+        return give_up(f"{policy.timeout:g} s are over")
+    if len(history) >= _MOST_ROUNDS:
+        return give_up(f"{_MOST_ROUNDS} rounds are over")
+    if stalled:
+        return give_up("the rounds no longer shrink")
     if not shrinks:
         return decide("throttle" if policy.on_timeout == "throttle" else "go on", "the rounds no longer shrink")
-    return decide("go on", "the rest is too much yet")
+    return decide("go on", "the rest is too much yet" if allow is None else _out_of_reach(now, allow), allow)
 
 
 Rule: TypeAlias = "Callable[[Sequence[PrecopyRound], PrecopyPolicy, Sequence[Freeze], float], Decision]"

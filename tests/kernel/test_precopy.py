@@ -24,6 +24,7 @@ from incdump.engine.dump import DumpRun
 from incdump.engine.pages_image import PagesImage
 from incdump.engine.throttle import Throttle
 from incdump.errors import HolderError, ImagesIOError
+from incdump.model.precopy import Freeze
 from incdump.model.runs import page_count
 from tests import command, oracle
 from tests.command import refused
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from incdump.model.options import Afterwards, PagemapName, TrackerName
-    from incdump.model.precopy import Decision, Freeze, MappingWrites, PrecopyRound, Rule, Verdict
+    from incdump.model.precopy import Decision, MappingWrites, PrecopyRound, Rule, Verdict
     from incdump.model.stats import DumpResult
     from tests.targets.build import Target
 
@@ -52,6 +53,10 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(120)]
 
 def directories(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
+
+
+AT_ONCE = Freeze(seconds=0.0, scan_seconds=0.0, write_seconds=0.0)
+"""With it any downtime is in reach, as far as the rule knows."""
 
 
 @pytest.mark.asyncio
@@ -101,10 +106,31 @@ async def test_a_tree_that_writes_too_fast_is_left_as_it_is(churn: Callable[...,
     target = churn(seed=92, threads=2, mib=8, free_run=True)
     policy = PrecopyPolicy(downtime=1e-6, timeout=1.5, on_timeout="cancel")
     with pytest.raises(DidNotConverge, match="writes too fast") as caught:
-        await incdump.precopy(target.pid, images_root / "chain", policy=policy)
+        await incdump.precopy(target.pid, images_root / "chain", policy=policy, freezes=[AT_ONCE])
     assert caught.value.pid == target.pid
     assert_untouched(target)
     incdump.check((images_root / "chain" / "latest").resolve())
+    target.check()
+    target.quit()
+
+
+@pytest.mark.asyncio
+async def test_a_downtime_that_no_stop_keeps_to_is_said_so_after_two_rounds(
+    churn: Callable[..., Target], images_root: Path
+) -> None:
+    target = churn(seed=94, threads=2, mib=8, free_run=True)
+    told: list[PrecopyRound] = []
+    with pytest.raises(
+        DidNotConverge, match=r"cannot stand still for only 1e-06 s: a stop takes about .*: allow --down"
+    ):
+        await incdump.precopy(
+            target.pid,
+            images_root / "chain",
+            policy=PrecopyPolicy(downtime=1e-6, timeout=60),
+            on_round=lambda done, _: told.append(done),
+        )
+    assert [done.number for done in told] == [1, 2]
+    assert_untouched(target)
     target.check()
     target.quit()
 
@@ -709,7 +735,7 @@ def test_there_is_a_report_too_of_a_tree_that_writes_too_fast(churn: Callable[..
     report = images_root / "report.html"
     done = command.incdump("precopy", "-t", target.pid, "-D", images_root / "1", *limits, "--report", report)
     assert done.code == 9, done
-    assert "writes too fast" in report.read_text()
+    assert "It runs on as before" in report.read_text()
     assert_untouched(target)
 
 

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from incdump.model.precopy import Final, Freeze, PrecopyPolicy, PrecopyRound, converges, estimate, should_stop
+from incdump.model.precopy import (
+    Final,
+    Freeze,
+    PrecopyPolicy,
+    PrecopyRound,
+    converges,
+    estimate,
+    has_stalled,
+    seconds_text,
+    should_stop,
+)
 from incdump.model.stats import DumpStats
 
 MIB = 1 << 20
@@ -210,6 +220,63 @@ def test_a_round_that_is_longer_ago_counts_less() -> None:
 def test_no_more_is_expected_than_there_is() -> None:
     history = [replace(r, pages_scanned=256) for r in rounds(1000, 900)]
     assert estimate(history, POLICY).dirty_bytes == MIB
+
+
+MIGRATION = PrecopyPolicy(downtime=0.3, timeout=600.0, final="checkpoint", restore_rate=1024.0 * MIB)  # of 2 GiB: 2 s
+
+
+def test_a_downtime_that_the_restore_alone_exceeds_is_said_to_be_out_of_reach_after_round_two() -> None:
+    assert should_stop(rounds(1000), MIGRATION).verdict == "go on"
+    decision = should_stop(rounds(1000, 400), MIGRATION)
+    assert decision.verdict == "cancel"
+    assert "even with nothing left to copy, 2s of it to fill the memory over there" in decision.why
+    assert decision.allow is not None
+    assert decision.allow > 2.0
+    assert f"--downtime {seconds_text(decision.allow)}" in decision.why
+    allowed = replace(MIGRATION, downtime=decision.allow)
+    assert should_stop(rounds(1000, 400), allowed).verdict == "stop"
+
+
+def test_whoever_wants_it_stopped_all_the_same_gets_that_once_the_rounds_no_longer_shrink() -> None:
+    for on_timeout in ("force", "throttle"):
+        policy = replace(MIGRATION, on_timeout=on_timeout)  # type: ignore[arg-type]
+        assert should_stop(rounds(1000, 500, 250), policy).verdict == "go on"
+        assert should_stop(rounds(1000, *[300] * 12), policy).verdict == "stop"
+
+
+def test_who_has_said_how_many_rounds_there_are_to_be_gets_them() -> None:
+    policy = replace(MIGRATION, max_rounds=4)
+    assert [should_stop(rounds(*[900] * n), policy).verdict for n in (2, 3, 4)] == ["go on", "go on", "stop"]
+
+
+def test_a_floor_that_the_estimate_may_have_wrong_ends_nothing() -> None:
+    freeze = Freeze(seconds=POLICY.downtime * 1.9, scan_seconds=0.0, write_seconds=0.0)
+    assert should_stop(rounds(1000, 400), POLICY, [freeze]).verdict == "go on"
+
+
+@pytest.mark.parametrize(("on_timeout", "verdict"), [("cancel", "cancel"), ("force", "stop"), ("throttle", "throttle")])
+def test_rounds_that_no_longer_shrink_end_the_loop_before_the_time_is_over(on_timeout: str, verdict: str) -> None:
+    policy = replace(POLICY, timeout=600.0, on_timeout=on_timeout)  # type: ignore[arg-type]
+    assert not has_stalled(rounds(*[900] * 9))
+    assert has_stalled(rounds(*[900] * 10))
+    assert not has_stalled(rounds(*[1] * 100))  # a tenth of a second: no more than a burst of writes
+    assert not has_stalled(rounds(*[900] * 9, 500, 500))
+    decision = should_stop(rounds(*[900] * 10), policy)
+    assert (decision.verdict, decision.why) == (verdict, "the rounds no longer shrink")
+
+
+def test_there_are_no_more_directories_than_a_person_wants_to_see() -> None:
+    policy = replace(POLICY, timeout=600.0, downtime=0.001)
+    many = rounds(*[5] * 200, pause=0.0)
+    assert should_stop(many, policy, [Freeze(seconds=0.0, scan_seconds=0.0, write_seconds=0.0)]).verdict == "cancel"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.5, "1.5s"), (0.0853, "85ms"), (0.9999, "1s"), (12.34, "12s"), (1e-5, "1ms"), (0.123, "120ms")],
+)
+def test_times_are_written_as_they_can_be_given(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
 
 
 @pytest.mark.parametrize(
