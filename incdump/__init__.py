@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         ImagesIOError,
         IncdumpError,
         InjectionFailed,
+        InvalidOption,
         MigrationError,
         NoSuchTarget,
         OutcomeUnknown,
@@ -139,6 +140,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "Runs",
     # errors
     "IncdumpError",
+    "InvalidOption",
     "TargetError",
     "NoSuchTarget",
     "TargetExited",

@@ -8,7 +8,7 @@ code   class                       meaning
 =====  ==========================  ==================================================================
 0                                  success
 1      `IncdumpError`              failure with no better class
-2                                  wrong usage (the command line itself)
+2      `InvalidOption`             wrong usage (the command line itself; a value of the library's options)
 3      `TargetError`               the target cannot be dumped: it is gone, not ours, traced by another
 4      `ImagesError`               the images dir or the parent chain cannot be used
 5      `TrackerError`              no dirty tracking where it was required
@@ -45,6 +45,7 @@ __all__ = (
     "ImagesIOError",
     "IncdumpError",
     "InjectionFailed",
+    "InvalidOption",
     "LeashUnusable",
     "MigrationError",
     "NoSuchTarget",
@@ -93,6 +94,24 @@ class IncdumpError(Exception):
     def errno_name(self) -> str | None:
         """The symbolic name of `errno` (``"ENOSPC"``), or None."""
         return None if self.errno is None else _errno.errorcode.get(self.errno, str(self.errno))
+
+
+class InvalidOption(IncdumpError, ValueError):
+    """A value that an option cannot have. Nothing was begun.
+
+    :ivar field: the option.
+    :ivar value: what it was given.
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, wanted: str) -> None:
+        super().__init__(f"{field}: {value!r} cannot be used; {wanted}")
+        self.field = field
+        self.value = value
+
+    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+        return type(self), (self.field, self.value, str(self).rpartition("cannot be used; ")[2])
 
 
 class TargetError(IncdumpError):

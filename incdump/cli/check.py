@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
-    SECONDS,
     Command,
     Invocation,
     error_fields,
@@ -43,9 +43,9 @@ Examples:
 )
 @click.option(
     "--timeout",
-    type=SECONDS,
-    default=10.0,
-    metavar="SECONDS",
+    type=DURATION,
+    default="10s",
+    metavar="TIME",
     show_default=True,
     help="With --against: how long to wait for every thread to stop.",
 )

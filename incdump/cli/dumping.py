@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from incdump.cli.invocation import SECONDS, Invocation, json_option, print_json, verbose_option
+from incdump.cli.durations import DURATION
+from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
 from incdump.cli.target import TargetPid
@@ -69,9 +70,9 @@ _DUMP_OPTIONS = (
     ),
     click.option(
         "--timeout",
-        type=SECONDS,
-        default=10.0,
-        metavar="SECONDS",
+        type=DURATION,
+        default="10s",
+        metavar="TIME",
         show_default=True,
         help="How long to wait for every thread to stop.",
     ),

@@ -98,21 +98,6 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     return store
 
 
-class _Seconds(click.FloatRange):
-    """A time that is more than nothing, and not for ever."""
-
-    name = "seconds"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if not seconds <= _LONGEST:
-            self.fail(f"{seconds} is no time that can be waited for.", param, ctx)
-        return seconds
-
-
-_LONGEST = 1e8
-SECONDS = _Seconds(min=0, min_open=True)
-
 json_option = click.option(
     "--json", is_flag=True, expose_value=False, callback=_set("json"), help="Print one JSON object instead of text."
 )

@@ -9,6 +9,7 @@ import click
 
 from incdump.cli.address import PEER
 from incdump.cli.dumping import tree_options
+from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -20,7 +21,7 @@ from incdump.cli.invocation import (
 )
 from incdump.cli.log import Log
 from incdump.cli.loop import Audience, end_fields, show_end
-from incdump.cli.policy import DURATION, freeze_timeout_option, hook_timeout_option, policy_options, take_policy
+from incdump.cli.policy import freeze_timeout_option, hook_timeout_option, policy_options, take_policy
 from incdump.cli.receive import take_hook
 from incdump.cli.report import Report, report_option
 from incdump.cli.signals import Stopped, run
@@ -67,7 +68,9 @@ Examples:
     help="If the connection dies in the moment of the switch, and it cannot be found out whether the tree runs there: "
     "what becomes of it here.",
 )
-@click.option("--asking", type=DURATION, default="1m", show_default=True, help="How long to try to find that out.")
+@click.option(
+    "--asking", type=DURATION, default="1m", metavar="TIME", show_default=True, help="How long to try to find that out."
+)
 @click.option(
     "--compression",
     type=click.Choice(COMPRESSIONS),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
-    SECONDS,
     Command,
     Invocation,
     error_fields,
@@ -62,9 +62,9 @@ Examples:
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a session.")
 @click.option(
     "--timeout",
-    type=SECONDS,
-    default=120.0,
-    metavar="SECONDS",
+    type=DURATION,
+    default="120s",
+    metavar="TIME",
     show_default=True,
     help="How long a client may be silent.",
 )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.address import ADDRESS
+from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
-    SECONDS,
     Command,
     Invocation,
     criu_arguments,
@@ -66,9 +66,9 @@ Examples:
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a round.")
 @click.option(
     "--timeout",
-    type=SECONDS,
-    default=30.0,
-    metavar="SECONDS",
+    type=DURATION,
+    default="30s",
+    metavar="TIME",
     show_default=True,
     help="How long the source may be silent.",
 )

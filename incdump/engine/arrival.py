@@ -27,6 +27,8 @@ from incdump.engine.threads import in_thread
 from incdump.errors import CannotMigrate, ImagesError, IncdumpError, MigrationError, ProtocolError
 from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
+from incdump.model.fields import check_count, check_flag, check_seconds, check_type, check_words
+from incdump.model.options import TlsFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from incdump.engine.conversation import Conversation
     from incdump.engine.listener import Client, Listener
     from incdump.engine.page_server import SessionReport
-    from incdump.model.options import TlsFiles
     from incdump.model.stats import RestoreResult
 
 _PAGES_WAITING = 8
@@ -76,6 +77,20 @@ class ReceiverOptions:
     max_bytes: int | None = None
     timeout: float = 30.0
     tls: TlsFiles | None = None
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
+        check_type("address", self.address, str)
+        check_count("port", self.port, 0, 65535)
+        check_flag("restore", self.restore)
+        check_flag("once", self.once)
+        check_type("criu", self.criu, str, may_be_none=True)
+        check_words("criu_options", self.criu_options)
+        check_words("hook", self.hook)
+        check_seconds("hook_timeout", self.hook_timeout)
+        check_count("max_bytes", self.max_bytes, 0, may_be_none=True)
+        check_seconds("timeout", self.timeout)
+        check_type("tls", self.tls, TlsFiles, may_be_none=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,8 @@ from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
-from incdump.model.options import DumpOptions
+from incdump.model.fields import check_choice
+from incdump.model.options import WAYS, DumpOptions
 from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
@@ -165,6 +166,7 @@ class CheckpointRun(DumpRun):
 
     async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
+        check_choice("way", way, WAYS)
         self._criu: Criu = await in_thread(find, criu)
         self._criu_options = criu_options
         self._way = way

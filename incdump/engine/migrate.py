@@ -42,8 +42,9 @@ from incdump.errors import (
     ProtocolError,
     XferError,
 )
+from incdump.model.fields import check_choice, check_seconds
 from incdump.model.options import DumpOptions
-from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
+from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
 from incdump.proc.identity import Identity, boot_id, is_same
 from incdump.proc.tree import check_target
@@ -150,6 +151,9 @@ async def migrate(
     :raises incdump.errors.IncdumpError: as for `incdump.checkpoint`; the tree goes on here.
     """
     began = time.monotonic()
+    check_choice("if_unknown", if_unknown, IF_UNKNOWN)
+    check_seconds("asking", asking, may_be_zero=True)
+    check_seconds("hook_timeout", hook_timeout)
     options = options or DumpOptions()
     source = _Source(
         pid, address, port, options, Hook(tuple(hook), hook_timeout), on_step or _tell_nobody, if_unknown, asking

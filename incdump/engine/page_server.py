@@ -24,6 +24,8 @@ from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError
 from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
+from incdump.model.fields import check_count, check_flag, check_seconds, check_type
+from incdump.model.options import TlsFiles
 from incdump.xfer import compression
 from incdump.xfer.block_server import BlockSession
 from incdump.xfer.blocks import OFFER
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from incdump.engine.listener import Client
-    from incdump.model.options import TlsFiles
     from incdump.xfer.block_server import Joins
     from incdump.xfer.received import Received
 
@@ -65,6 +66,17 @@ class PageServerOptions:
     max_bytes: int | None = None
     timeout: float | None = 120.0
     tls: TlsFiles | None = None
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
+        check_type("address", self.address, str)
+        check_count("port", self.port, 0, 65535)
+        check_count("rounds", self.rounds, 1, may_be_none=True)
+        check_flag("own_dirs", self.own_dirs)
+        check_flag("auto_dedup", self.auto_dedup)
+        check_count("max_bytes", self.max_bytes, 0, may_be_none=True)
+        check_seconds("timeout", self.timeout, may_be_none=True)
+        check_type("tls", self.tls, TlsFiles, may_be_none=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 
 from incdump.freeze.tracer import TracerThread
 from incdump.freeze.walk import Process, TreeWalk
+from incdump.model.fields import check_choice
+from incdump.model.options import AFTERWARDS
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -117,9 +119,12 @@ class Freezer:
     async def thaw(self, afterwards: Afterwards = "running") -> None:
         """Let the tree go.
 
+        :raises InvalidOption: `afterwards` is none of these; the tree stays frozen until the block is left.
+
         :param afterwards: ``"running"``: as it was before, what was stopped by SIGSTOP stays stopped. ``"stopped"``: in
             group stop, without an instruction in between, until SIGCONT. ``"killed"``: dead by SIGKILL.
         """
+        check_choice("afterwards", afterwards, AFTERWARDS)
         await self._tracer.run(self._thaw, afterwards)
 
     # -- in the tracer thread

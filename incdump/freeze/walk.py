@@ -357,8 +357,10 @@ class TreeWalk:
         :returns: time.monotonic_ns() at which the last thread was let go.
         """
         processes = list(self.processes.values())
-        if afterwards != "running":
-            self._signal(processes, signal.SIGSTOP if afterwards == "stopped" else signal.SIGKILL)
+        if afterwards == "stopped":
+            self._signal(processes, signal.SIGSTOP)
+        elif afterwards == "killed":
+            self._signal(processes, signal.SIGKILL)
         if afterwards != "killed":
             with in_real_time():  # the threads let go first are not to keep us from letting go of the others
                 self._let_go([thread for process in reversed(processes) for thread in process.threads.values()])

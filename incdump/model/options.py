@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from incdump.model.fields import check_address, check_choice, check_count, check_flag, check_seconds, check_type
+
 TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
 PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
 Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
@@ -13,6 +15,7 @@ WayName: TypeAlias = Literal["auto", "leash", "lazy-pages"]
 ProtocolName: TypeAlias = Literal["auto", "criu"]
 CompressionName: TypeAlias = Literal["auto", "off", "lz4"]
 
+AFTERWARDS: tuple[Afterwards, ...] = ("running", "stopped", "killed")
 TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
 WAYS: tuple[WayName, ...] = ("auto", "leash", "lazy-pages")
 PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
@@ -36,6 +39,15 @@ class TlsFiles:
     key: str = "/etc/pki/criu/private/key.pem"
     cacrl: str | None = None
     verify_name: bool = True
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: a value is of another type."""
+        for name in ("cacert", "cert", "key", "cacrl"):
+            check_type(name, getattr(self, name), (str, os.PathLike), may_be_none=name == "cacrl")
+        check_flag("verify_name", self.verify_name)
+
+
+_MOST_WRITERS = 64
 
 
 def default_writers() -> int:
@@ -75,3 +87,18 @@ class DumpOptions:
     migration: str | None = None
     tls: TlsFiles | None = None
     compression: CompressionName = "auto"
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
+        check_choice("tracker", self.tracker, TRACKERS)
+        check_choice("pagemap", self.pagemap, PAGEMAPS)
+        check_choice("afterwards", self.afterwards, AFTERWARDS)
+        check_choice("page_server_protocol", self.page_server_protocol, PROTOCOLS)
+        check_choice("compression", self.compression, COMPRESSIONS)
+        check_count("writers", self.writers, 1, _MOST_WRITERS)
+        check_flag("require_incremental", self.require_incremental)
+        check_seconds("freeze_timeout", self.freeze_timeout)
+        check_seconds("page_server_timeout", self.page_server_timeout)
+        check_address("page_server", self.page_server)
+        check_type("migration", self.migration, str, may_be_none=True)
+        check_type("tls", self.tls, TlsFiles, may_be_none=True)

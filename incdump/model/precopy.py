@@ -21,6 +21,7 @@ from itertools import pairwise
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from incdump.model.fields import check_choice, check_count, check_seconds
 from incdump.model.runs import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ Verdict: TypeAlias = Literal["go on", "stop", "cancel", "throttle"]
 
 ON_TIMEOUT: tuple[OnTimeout, ...] = ("cancel", "force", "throttle")
 FINALS: tuple[Final, ...] = ("dump", "checkpoint", "none")
+VERDICTS: tuple[Verdict, ...] = ("go on", "stop", "cancel", "throttle")
 IF_UNKNOWN: tuple[IfUnknown, ...] = ("stop", "run")
 
 _WEIGHT = 0.5
@@ -82,6 +84,15 @@ class PrecopyPolicy:
     max_rounds: int | None = None
     final: Final = "dump"
     restore_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
+        check_seconds("downtime", self.downtime)
+        check_seconds("timeout", self.timeout)
+        check_choice("on_timeout", self.on_timeout, ON_TIMEOUT)
+        check_count("max_rounds", self.max_rounds, 1, may_be_none=True)
+        check_choice("final", self.final, FINALS)
+        check_seconds("restore_rate", self.restore_rate, may_be_none=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +235,10 @@ class Decision:
     estimate: Estimate
     converges: bool = True
     allow: float | None = None
+
+    def __post_init__(self) -> None:
+        """:raises incdump.errors.InvalidOption: there is no such verdict."""
+        check_choice("verdict", self.verdict, VERDICTS)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

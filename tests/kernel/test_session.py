@@ -12,6 +12,7 @@ import pytest
 
 import incdump
 from incdump.errors import BrokenChain, HolderError
+from incdump.freeze.seize import Freezer
 from incdump.images.pagemap import decode_pagemap, encode_pagemap
 from incdump.model.options import DumpOptions
 from incdump.model.runs import present_entries
@@ -272,3 +273,17 @@ async def test_a_parent_that_is_gone_is_missed(rewriter: Callable[..., Target], 
             await chain.predump()
         await chain.predump(parent=None)
         await chain.prove(check=False)
+
+
+@pytest.mark.parametrize("afterwards", ["run", "leave-running", "", None])
+async def test_a_misspelt_word_for_afterwards_harms_nobody(odd: Odd, images_root: Path, afterwards: str | None) -> None:
+    """Neither as an option nor where the tree is let go, where every other word once meant SIGKILL."""
+    async with incdump.Session(odd.pid) as session:
+        with pytest.raises(incdump.InvalidOption, match="afterwards"):
+            await session.dump(images_root / "1", options=DumpOptions(afterwards=afterwards))  # type: ignore[arg-type]
+    async with Freezer() as freezer:
+        await freezer.freeze(odd.pid)
+        with pytest.raises(incdump.InvalidOption, match="afterwards"):
+            await freezer.thaw(afterwards)  # type: ignore[arg-type]
+    assert not (images_root / "1").exists()
+    assert_untouched(odd)

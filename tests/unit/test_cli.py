@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from incdump.cli import progress as progress_module
 from incdump.cli import text
 from incdump.cli.check import command as check_command
 from incdump.cli.dumping import facts
+from incdump.cli.durations import Duration
 from incdump.cli.invocation import Command, Invocation, one_line, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.main import ALIASES, COMMANDS, Commands, command_line, main
@@ -93,7 +95,10 @@ def test_crius_name_of_a_predump_is_understood(capsys: Capture) -> None:
         (["dump", "-t", "1", "--tracker", "magic"], "'magic' is not one of 'auto', 'uffd-wp'"),
         (["dump", "-t", "1", "--pagemap", "magic"], "'magic' is not one of 'auto', 'plain'"),
         (["dump", "-t", "1", "--writers", "0"], "0 is not in the range 1<=x<=64"),
-        (["dump", "-t", "1", "--timeout", "0"], "0.0 is not in the range x>0"),
+        (["dump", "-t", "1", "--timeout", "0"], "'0' is no time that can be waited for"),
+        (["dump", "-t", "1", "--timeout", "fast"], "give a number and its unit, as in 50ms"),
+        (["precopy", "-t", "1", "--downtime", "50"], "50 has no unit: write 50ms or 50s"),
+        (["migrate", "-t", "1", "a:1", "--downtime", "1"], "1 has no unit: write 1ms or 1s"),
         (["dump", "-t", "1", "-D", ""], "-D: an empty name"),
         (["dump", "-t", "1", "--prev-images-dir", ""], "--prev-images-dir: an empty name"),
         (["dump", "-t", "1", "--kill", "-s"], "only one of --leave-running, --leave-stopped and --kill"),
@@ -123,6 +128,25 @@ def test_a_target_that_is_named_is_answered_by_the_numbers_of_that_name(capsys: 
         assert f"the processes of that name are {named.pid} " in usage_error(capsys, "dump", "-t", "incdump-named")
     finally:
         named.communicate(b"\n")
+
+
+def test_every_time_of_every_command_is_read_by_the_same_parser() -> None:
+    named = {}
+    for name in COMMANDS:
+        for option in import_module(f"incdump.cli.{name.replace('-', '_')}").command.params:
+            if option.name in ("timeout", "freeze_timeout", "hook_timeout", "downtime", "asking"):
+                named[name, option.name] = option.type
+    assert {type(kind) for kind in named.values()} == {Duration}
+    assert {name for name, kind in named.items() if not kind.bare} == {("precopy", "downtime"), ("migrate", "downtime")}
+    assert ("dump", "timeout") in named
+    assert ("receive", "timeout") in named
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("50ms", 0.05), ("1.5s", 1.5), ("2m", 120.0), ("1h", 3600.0), ("10", 10.0), (".5", 0.5)]
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    assert Duration().convert(text, None, None) == pytest.approx(seconds)
 
 
 def test_precopy_is_understood_as_the_field_writes_it(capsys: Capture) -> None:
