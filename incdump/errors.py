@@ -51,6 +51,7 @@ __all__ = (
     "NoSuchTarget",
     "OutcomeUnknown",
     "ParentMismatch",
+    "ProcMismatch",
     "ProtocolError",
     "TargetDenied",
     "TargetError",
@@ -122,6 +123,10 @@ class TargetError(IncdumpError):
 
 class NoSuchTarget(TargetError):
     """There is no process of that pid."""
+
+
+class ProcMismatch(TargetError):
+    """/proc is not that of this process's pid namespace: its numbers mean other processes. Nothing was touched."""
 
 
 class TargetExited(TargetError):

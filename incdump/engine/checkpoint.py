@@ -186,6 +186,7 @@ class CheckpointRun(DumpRun):
         buffer = make_buffer(CHUNK_PAGES)
         try:
             await in_thread(self._prepare_tree, break_off=self._break_off)
+            await in_thread(self._end_adopted_holder)
             await self._dump_somehow(images, pipeline, buffer)
         finally:
             if self._smaps is not None:
@@ -209,6 +210,14 @@ class CheckpointRun(DumpRun):
                 self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
             else:
                 return
+
+    def _end_adopted_holder(self) -> None:
+        """CRIU would stop a holder that the tree has adopted, and dump it."""
+        if isinstance(self._keeper, HolderKeeper) and self._keeper.end_holder_within(self._pid):
+            self._warn(
+                "the holder ended, as it had become part of the tree: what it tracked is dumped whole the next time; "
+                "start incdump from outside of the tree's namespaces, or use a Session"
+            )
 
     def _prepare_tree(self) -> None:
         with ThreadPoolExecutor(1) as beside:

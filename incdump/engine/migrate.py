@@ -15,7 +15,6 @@ asks, on new connections, for as long as it was told to. If it cannot find out, 
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import time
@@ -46,7 +45,7 @@ from incdump.model.fields import check_choice, check_seconds
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
-from incdump.proc.identity import Identity, boot_id, is_same
+from incdump.proc.identity import Identity, boot_id, signal_same
 from incdump.proc.tree import check_target
 from incdump.xfer.control import MIGRATE, VERSION, Control
 from incdump.xfer.sockets import connect
@@ -429,6 +428,4 @@ class _Source:
 
     def _signal(self, number: int) -> None:
         for task in self._tasks:
-            if is_same(Identity(task.pid, task.start_time, boot_id())):
-                with suppress(ProcessLookupError):
-                    os.kill(task.pid, number)
+            signal_same(Identity(task.pid, task.start_time, boot_id()), number)

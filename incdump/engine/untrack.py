@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from incdump.engine.threads import in_thread
+from incdump.errors import NoSuchTarget
 from incdump.holder.client import forget
 from incdump.holder.wire import runtime_dir
+from incdump.proc.identity import check_own_proc
+from incdump.proc.tree import process_tree
 from incdump.tracking.soft_dirty import SoftDirtyLog
 
 
@@ -14,17 +17,30 @@ async def untrack(pid: int | None) -> list[int]:
     The kernel takes all write protection off when the holder closes the userfaultfd; the holder ends by itself when it
     has nothing left to hold. The next dump of the process is a full one.
 
-    :param pid: the process, or None for every one that this user tracks.
+    :param pid: the root of a tree, whose processes are given up, or None for every process that this user tracks.
     :returns: the processes that were tracked until now, possibly none.
     :raises incdump.errors.HolderError: one of them is being dumped right now.
     """
     return await in_thread(_untrack, pid)
 
 
+def _tree(root: int) -> list[int]:
+    """A process and all its descendants; of one that is gone, its number alone.
+
+    :raises incdump.errors.ProcMismatch: /proc is another pid namespace's.
+    """
+    check_own_proc()
+    try:
+        return [task.pid for task in process_tree(root)]
+    except NoSuchTarget:
+        return [root]
+
+
 def _untrack(pid: int | None) -> list[int]:
-    pids = set(forget(pid))
+    tree = None if pid is None else _tree(pid)
+    pids = set(forget(tree))
     log = SoftDirtyLog(runtime_dir())
-    for logged in log.pids() if pid is None else [pid]:
+    for logged in log.pids() if tree is None else tree:
         if log.forget(logged):
             pids.add(logged)
     return sorted(pids)

@@ -25,6 +25,7 @@ from incdump.freeze.tracer import TracerThread
 from incdump.freeze.walk import Process, TreeWalk
 from incdump.model.fields import check_choice
 from incdump.model.options import AFTERWARDS
+from incdump.proc.identity import check_own_proc
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,6 +102,7 @@ class Freezer:
     async def freeze(self, pid: int) -> Frozen:
         """Stop every thread of process `pid` and of all its descendants.
 
+        :raises ProcMismatch: /proc is another pid namespace's.
         :raises NoSuchTarget: there is no such process.
         :raises TargetExited: it exited meanwhile.
         :raises TargetUnsuitable: it is a kernel thread or a zombie, or this very process is in its tree.
@@ -132,6 +134,7 @@ class Freezer:
     def _freeze(self, pid: int, abandoned: threading.Event) -> Frozen:
         if self._walk.processes:
             raise RuntimeError("this Freezer holds a frozen tree already: thaw it first")
+        check_own_proc()
         began = time.monotonic_ns()
         try:
             self._walk.freeze(pid, self.timeout, abandoned)

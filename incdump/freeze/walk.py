@@ -43,7 +43,7 @@ from incdump.freeze.stops import (
     is_syscall_stop,
     wait_for_stop,
 )
-from incdump.proc.identity import PF_KTHREAD, no_such_target, read_proc, read_stat
+from incdump.proc.identity import PF_KTHREAD, is_own_helper, no_such_target, read_proc, read_stat
 
 if TYPE_CHECKING:
     from incdump.model.options import Afterwards
@@ -167,6 +167,8 @@ class TreeWalk:
         except ProcessLookupError as e:
             if pid == self._root:
                 raise no_such_target(pid, e.errno) from None
+            return False
+        if pid != self._root and is_own_helper(stat):
             return False
         if pid == self._root and stat.flags & PF_KTHREAD:
             raise TargetUnsuitable(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory", pid=pid)

@@ -9,6 +9,7 @@ Calls block (a few milliseconds; starting the holder some 50): the engine makes 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -21,10 +22,22 @@ from typing import Any, Protocol
 
 from incdump import errors
 from incdump.holder import wire
-from incdump.proc.identity import Identity, boot_id, is_same, open_pidfd
+from incdump.proc.identity import (
+    Identity,
+    boot_id,
+    check_own_proc,
+    descends_from,
+    is_same,
+    keep_out_of_trees,
+    open_identified,
+    open_pidfd,
+)
 
 START_TIMEOUT = 10.0
 """Seconds within which a new holder has to answer."""
+ANSWER_TIMEOUT = 15.0
+"""Seconds within which the holder has to answer a question: much longer than an injection may take."""
+_FORGOTTEN_AT_ONCE = 4000
 
 _END_TIMEOUT = 2.0
 
@@ -103,7 +116,11 @@ def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
 
 
 def connect() -> socket.socket | None:
-    """A connection to the running holder, or None when there is none: then nothing that one left is left any more."""
+    """A connection to the running holder, or None when there is none: then nothing that one left is left any more.
+
+    :raises incdump.errors.ProcMismatch: /proc is another pid namespace's.
+    :raises incdump.errors.HolderError: it does not answer, or is of another version of incdump.
+    """
     if not os.path.exists(wire.socket_path()):
         return None
     directory = wire.runtime_dir()
@@ -120,8 +137,18 @@ def connect() -> socket.socket | None:
 def _connect() -> socket.socket | None:
     """The same for who has the lock."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    sock.settimeout(ANSWER_TIMEOUT)
     try:
         sock.connect(wire.socket_path())
+        holder, _ = wire.peer(sock)
+        keep_out_of_trees(holder)
+        answer, _ = ask(sock, {"do": "hello"})
+        if answer.get("version") != wire.VERSION:
+            raise errors.HolderError(
+                f"the holder, process {holder}, is of another version of incdump: end it (kill {holder}); what it "
+                "tracks is dumped whole the next time",
+                pid=holder,
+            )
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
         return None
@@ -158,31 +185,56 @@ def connect_or_start() -> socket.socket:
 
 
 def _start_holder() -> None:
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    log = os.open(os.path.join(wire.runtime_dir(), wire.LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    """Start a holder, and give its socket its place; the caller has the lock.
+
+    Whatever is raised, this end of the channel closes: a holder that is only getting to run then ends by itself.
+    """
+    path = wire.socket_path()
+    ours, theirs = socket.socketpair()
+    log = os.open(wire.log_path(os.path.dirname(path)), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        child = _spawn("incdump.holder.server", [wire.socket_path(), str(writer)], (writer,), log)
-        os.close(writer)
-        writer = -1
-        child.wait(START_TIMEOUT)  # it forks, and its first process ends at once
-        if not select.select([reader], [], [], START_TIMEOUT)[0] or not os.read(reader, 1):
-            raise errors.HolderError("the holder process does not start; run `incdump doctor`")
-    except subprocess.TimeoutExpired as error:
+        with ours:
+            with theirs:
+                child = _spawn("incdump.holder.server", [path, str(theirs.fileno())], (theirs.fileno(),), log)
+            ours.settimeout(START_TIMEOUT)
+            try:
+                mine = ours.recv(4096)
+            finally:
+                _await_first_process(child)
+            if not mine:
+                raise errors.HolderError("the holder process does not start; run `incdump doctor`")
+            os.rename(mine, path)
+            ours.sendall(b"1")
+    except TimeoutError as error:
         raise errors.HolderError("the holder process does not start; run `incdump doctor`") from error
     finally:
-        for fd in (reader, writer, log):
-            if fd >= 0:
-                os.close(fd)
+        os.close(log)
 
 
-def ask(sock: socket.socket, message: dict[str, Any], pid: int | None = None) -> tuple[dict[str, Any], list[int]]:
+def _await_first_process(child: subprocess.Popen[bytes]) -> None:
+    """The holder's first process ends once it has forked; one that has not got so far is ended."""
+    try:
+        child.wait(1.0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def ask(
+    sock: socket.socket, message: dict[str, Any], pid: int | None = None, fds_passed: tuple[int, ...] = ()
+) -> tuple[dict[str, Any], list[int]]:
     """One question to the holder, and its answer.
 
     :raises incdump.errors.IncdumpError: what the holder answered as an error.
+    :raises incdump.errors.HolderError: also when it does not answer in time.
     """
     try:
-        wire.send(sock, message)
+        wire.send(sock, message, fds_passed)
         answer, fds = wire.receive(sock)
+    except TimeoutError as error:
+        holder, _ = wire.peer(sock)
+        slow = f"the holder, process {holder}, does not answer; is it stopped? (kill -CONT {holder}, or kill -KILL)"
+        raise errors.HolderError(slow, pid=pid, errno=errno.ETIMEDOUT) from error
     except (OSError, ValueError) as error:
         gone = f"the holder process is gone ({error}); the next dump will be full"
         raise errors.HolderError(gone, pid=pid) from error
@@ -206,7 +258,11 @@ class HolderKeeper:
         if self._sock is None:
             self._sock = connect_or_start()
         question = {"do": "renew" if renew else "acquire", "pid": pid, "start_time": start_time}
-        answer, fds = ask(self._sock, question, pid)
+        pidfd = open_identified(pid, start_time)
+        try:
+            answer, fds = ask(self._sock, question, pid, (pidfd,))
+        finally:
+            os.close(pidfd)
         return Lease(pid, start_time, fds[0], answer["generation"], answer["started"], answer["stopped_us"])
 
     def commit(self, lease: Lease, generation: str | None) -> None:
@@ -216,6 +272,26 @@ class HolderKeeper:
         question = {"do": "commit", "pid": lease.pid, "start_time": lease.start_time, "generation": generation}
         with contextlib.suppress(errors.HolderError):
             ask(self._sock, question, lease.pid)
+
+    def end_holder_within(self, root: int) -> bool:
+        """Have the holder end if process `root` has adopted it; what was borrowed from it stays borrowed.
+
+        CRIU dumps every process of a tree: the holder would stop with it, and be in the images.
+
+        :returns: whether it ended; its tracking is lost but for the leases of this keeper.
+        """
+        if self._sock is None:
+            return False
+        holder, _ = wire.peer(self._sock)
+        if not descends_from(holder, root):
+            return False
+        pidfd = open_pidfd(holder)
+        try:
+            ask(self._sock, {"do": "end"}, holder)
+            select.select([pidfd], [], [], _END_TIMEOUT)
+        finally:
+            os.close(pidfd)
+        return True
 
     def close(self) -> None:
         """See `Keeper.close`: the connection's end is what tells the holder."""
@@ -247,7 +323,7 @@ class OwnKeeper:
             started, stopped = renew or key not in self._held, 0
             held = [uffd for uffd, _ in self._held.values()]
         if started:
-            fresh, stopped = _make_uffd_apart(pid, held)
+            fresh, stopped = _make_uffd_apart(pid, start_time, held)
             self._keep(key, fresh)
         with self._lock:
             if key not in self._held:
@@ -293,13 +369,18 @@ class OwnKeeper:
             self._busy.clear()
 
 
-def _make_uffd_apart(pid: int, held: list[int]) -> tuple[int, int]:
+def _make_uffd_apart(pid: int, start_time: int, held: list[int]) -> tuple[int, int]:
     """Have a helper process make the userfaultfd, see `incdump.holder.oneshot`."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
+    check_own_proc()
+    pidfd = open_identified(pid, start_time)
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = map(str, (pid, theirs.fileno(), os.getpid(), *held))
-            helper = _spawn("incdump.holder.oneshot", list(arguments), (theirs.fileno(),))
+            arguments = map(str, (pid, pidfd, theirs.fileno(), os.getpid(), *held))
+            helper = _spawn("incdump.holder.oneshot", list(arguments), (pidfd, theirs.fileno()))
+    finally:
+        os.close(pidfd)
+    with ours:
         ours.settimeout(START_TIMEOUT)
         try:
             answer, fds = wire.receive(ours)
@@ -325,9 +406,10 @@ def held_targets() -> list[dict[str, Any]]:
         return targets
 
 
-def forget(pid: int | None) -> list[int]:
-    """Give up the tracking of one process, or of all; a holder that holds no more has ended when this returns.
+def forget(pids: list[int] | None) -> list[int]:
+    """Give up the tracking of processes, or of all; a holder that holds no more has ended when this returns.
 
+    :param pids: their numbers; None for all.
     :returns: the processes that were tracked until now.
     :raises incdump.errors.HolderError: one of them is being dumped right now.
     """
@@ -337,12 +419,19 @@ def forget(pid: int | None) -> list[int]:
     with sock:
         holder, _ = wire.peer(sock)
         pidfd = open_pidfd(holder)
+        forgotten: list[int] = []
         try:
-            answer, _ = ask(sock, {"do": "forget", "pid": pid}, pid)
+            for some in [None] if pids is None else _in_portions(pids):
+                answer, _ = ask(sock, {"do": "forget", "pids": some})
+                forgotten += answer["forgotten"]
             sock.close()  # the holder waits for that
             if answer["ends"]:
                 select.select([pidfd], [], [], _END_TIMEOUT)
         finally:
             os.close(pidfd)
-    forgotten: list[int] = answer["forgotten"]
     return forgotten
+
+
+def _in_portions(pids: list[int]) -> list[list[int]]:
+    """Numbers, as many at a time as fit into a message."""
+    return [pids[i : i + _FORGOTTEN_AT_ONCE] for i in range(0, max(1, len(pids)), _FORGOTTEN_AT_ONCE)]

@@ -18,15 +18,15 @@ from incdump.holder.server import make_tracking_uffd
 
 
 def main() -> None:
-    """Run as ``python -c "from incdump.holder.oneshot import main; main()" PID SOCKET_FD HOLDER_PID UFFD...``.
+    """Run as ``python -c "from incdump.holder.oneshot import main; main()" PID PIDFD SOCKET_FD HOLDER_PID UFFD...``.
 
     The last ones are the userfaultfds that the program holds already.
     """
-    pid, fd, holder, *held = map(int, sys.argv[1:])
+    pid, pidfd, fd, holder, *held = map(int, sys.argv[1:])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     with socket.socket(fileno=fd) as sock:
         try:
-            uffd, stopped = make_tracking_uffd(pid, [Held(holder, uffd) for uffd in held])
+            uffd, stopped = make_tracking_uffd(pid, pidfd, [Held(holder, uffd) for uffd in held])
         except IncdumpError as error:
             wire.send(sock, {"error": str(error), "kind": type(error).__name__, "errno": error.errno})
         except OSError as error:

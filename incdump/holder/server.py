@@ -8,14 +8,19 @@ given up with ``incdump untrack``.
 It is also the process that makes the userfaultfd, by running one system call in the target (`incdump.freeze.inject`):
 killing incdump, by whatever signal, never meets the moment in which a register of the target is altered.
 
-Run as ``python -c "from incdump.holder.server import main; main()" SOCKET READY_FD``, which `incdump.holder.client`
-does. Only the standard library is imported.
+It serves its own pid namespace alone (`incdump.holder.wire`), and takes no number for a process without a pidfd.
+
+Run as ``python -c "from incdump.holder.server import main; main()" SOCKET CHANNEL_FD``, which `incdump.holder.client`
+does. It listens under a name of its own and says that over the channel; who started it, and has the lock, gives the
+socket its place. A holder whose starter has given up is told so by the channel's end, and ends. Only the standard
+library is imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import selectors
 import signal
@@ -26,10 +31,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from incdump._uapi import userfaultfd as uapi
-from incdump.errors import IncdumpError
+from incdump.errors import IncdumpError, TargetExited
 from incdump.freeze.inject import Held, inject_userfaultfd
 from incdump.holder import wire
-from incdump.proc.identity import identify, open_pidfd
+from incdump.proc.identity import has_ended, identify, pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,15 +69,21 @@ class Target:
         self.uffd = self.pidfd = -1
 
 
-def make_tracking_uffd(pid: int, held: Sequence[Held] = ()) -> tuple[int, int]:
+def make_tracking_uffd(pid: int, pidfd: int, held: Sequence[Held] = ()) -> tuple[int, int]:
     """A userfaultfd of another process's address space, ready for asynchronous write protection.
 
+    :param pidfd: of that process: while it has not exited, the number that was stopped is its.
     :param held: those of other processes, see `inject_userfaultfd`.
     :returns: the descriptor, and the microseconds for which one thread of the target was stopped.
     :raises incdump.errors.TargetError: the target does not allow it.
     """
+
+    def check_stopped() -> None:
+        if pid_of(pidfd) != pid or has_ended(pidfd):
+            raise TargetExited(f"process {pid} exited, and its number is another's by now", pid=pid)
+
     with _signals_wait():
-        uffd, stopped = inject_userfaultfd(pid, _FLAGS, held=held)
+        uffd, stopped = inject_userfaultfd(pid, _FLAGS, held=held, on_stopped=check_stopped)
     try:
         uapi.api(uffd, uapi.FEATURE_WP_ASYNC | uapi.FEATURE_WP_UNPOPULATED)
     except OSError:
@@ -96,11 +107,13 @@ class Holder:
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
+        self.inode: os.stat_result | None = None
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ, self._accept)
         self.targets: dict[int, Target] = {}
         self.clients: set[socket.socket] = set()
         self.linger = LINGER
+        self.has_to_end = False
 
     def run(self) -> None:
         """Serve until there is nothing left to hold."""
@@ -111,6 +124,10 @@ class Holder:
                 return
             for key, _events in ready:
                 key.data(key.fileobj)
+            if self.has_to_end:
+                with contextlib.suppress(BlockingIOError):  # whoever has the lock finds the socket dead
+                    self._remove_traces()
+                return
 
     def _may_end(self) -> bool:
         """Take the lock under which clients look for a holder, and the socket out of their sight; or find one waiting.
@@ -125,13 +142,25 @@ class Holder:
         if self.selector.select(0):
             os.close(lock)
             return False
-        wire.remove_traces(directory)
+        wire.remove_traces(directory, self.inode)
         return True
+
+    def _remove_traces(self) -> None:
+        """:raises BlockingIOError: somebody has the lock."""
+        directory = os.path.dirname(self.listener.getsockname())
+        wire.lock_socket(directory, wait=False)
+        wire.remove_traces(directory, self.inode)
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        _pid, uid = wire.peer(client)
+        pid, uid = wire.peer(client)
         if uid != os.geteuid():
+            client.close()
+            return
+        if not wire.is_neighbour(pid):
+            other = "this holder serves another pid namespace: give incdump a runtime directory of its own there"
+            with contextlib.suppress(OSError):
+                wire.send(client, {"error": other, "kind": "HolderError", "errno": None})
             client.close()
             return
         self.clients.add(client)
@@ -142,13 +171,18 @@ class Holder:
             message, fds = wire.receive(client)
         except (OSError, ValueError):
             message, fds = None, []
-        for fd in fds:
-            os.close(fd)
+        try:
+            self._respond(client, message, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _respond(self, client: socket.socket, message: dict[str, Any] | None, fds: list[int]) -> None:
         if message is None:
             self._drop(client)
             return
         try:
-            answer, passed = self._answer(client, message)
+            answer, passed = self._answer(client, message, fds)
         except IncdumpError as error:
             answer, passed = {"error": str(error), "kind": type(error).__name__, "errno": error.errno}, ()
         except OSError as error:
@@ -170,18 +204,23 @@ class Holder:
         self.selector.unregister(client)
         client.close()
 
-    def _answer(self, client: socket.socket, message: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, ...]]:
+    def _answer(
+        self, client: socket.socket, message: dict[str, Any], fds: list[int]
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
         match message["do"]:
             case "hello":
                 return {"pid": os.getpid(), "version": wire.VERSION}, ()
             case "acquire":
-                return self._acquire(client, int(message["pid"]), int(message["start_time"]), renew=False)
+                return self._acquire(client, int(message["pid"]), int(message["start_time"]), fds, renew=False)
             case "renew":
-                return self._acquire(client, int(message["pid"]), int(message["start_time"]), renew=True)
+                return self._acquire(client, int(message["pid"]), int(message["start_time"]), fds, renew=True)
             case "commit":
                 return self._commit(client, int(message["pid"]), message["generation"]), ()
             case "forget":
-                return self._forget(client, message["pid"]), ()
+                return self._forget(client, message["pids"]), ()
+            case "end":
+                self.has_to_end = True
+                return {"forgotten": list(self.targets)}, ()
             case "list":
                 rows = [
                     {"pid": t.pid, "start_time": t.start_time, "generation": t.generation, "busy": t.owner is not None}
@@ -192,19 +231,23 @@ class Holder:
                 raise ValueError(other)
 
     def _acquire(
-        self, client: socket.socket, pid: int, start_time: int, *, renew: bool
+        self, client: socket.socket, pid: int, start_time: int, fds: list[int], *, renew: bool
     ) -> tuple[dict[str, Any], tuple[int, ...]]:
         self.linger = LINGER
+        if not fds or pid_of(fds[0]) != pid or has_ended(fds[0]):
+            raise ProcessLookupError(errno.ESRCH, f"no pidfd of process {pid} came, or it exited")
         target = self.targets.get(pid)
-        if target is not None and target.start_time != start_time:
+        if target is not None and has_ended(target.pidfd):
             self._remove(target)
             target = None
+        if target is not None and target.start_time != start_time:  # whoever asks is mistaken, not what is tracked
+            raise ProcessLookupError(errno.ESRCH, f"process {pid} did not start then")
         if target is not None and target.owner not in (None, client):
             return {"error": f"another incdump is dumping process {pid}", "kind": "HolderError", "errno": 16}, ()
         stopped = 0
         started = target is None or target.uffd < 0 or renew
         if target is None:
-            target = self._adopt(pid, start_time)
+            target = self._adopt(pid, start_time, os.dup(fds[0]))
         if started:
             target.generation = None
             if target.uffd >= 0:
@@ -212,7 +255,7 @@ class Holder:
                 target.uffd = -1
             try:
                 held = [Held(os.getpid(), other.uffd) for other in self.targets.values() if other.uffd >= 0]
-                target.uffd, stopped = make_tracking_uffd(pid, held)
+                target.uffd, stopped = make_tracking_uffd(pid, target.pidfd, held)
             except BaseException:
                 self._remove(target)
                 raise
@@ -220,11 +263,10 @@ class Holder:
         target.owner, target.generation = client, None
         return answer, (target.uffd,)
 
-    def _adopt(self, pid: int, start_time: int) -> Target:
-        pidfd = open_pidfd(pid)
+    def _adopt(self, pid: int, start_time: int, pidfd: int) -> Target:
         try:
-            if identify(pid).start_time != start_time:
-                raise ProcessLookupError(3, f"process {pid} is another one by now")
+            if identify(pid).start_time != start_time or has_ended(pidfd):
+                raise ProcessLookupError(errno.ESRCH, f"process {pid} is another one by now")
         except BaseException:
             os.close(pidfd)
             raise
@@ -240,8 +282,9 @@ class Holder:
         target.owner, target.generation = None, generation
         return {}
 
-    def _forget(self, client: socket.socket, pid: int | None) -> dict[str, Any]:
-        chosen = [t for t in self.targets.values() if pid is None or t.pid == pid]
+    def _forget(self, client: socket.socket, pids: list[int] | None) -> dict[str, Any]:
+        wanted = None if pids is None else set(pids)
+        chosen = [t for t in self.targets.values() if wanted is None or t.pid in wanted]
         busy = [t.pid for t in chosen if t.owner is not None]
         if busy:
             return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
@@ -261,8 +304,8 @@ class Holder:
 
 
 def main() -> None:
-    """Daemonise, listen, say so on the ready descriptor, serve."""
-    path, ready = sys.argv[1], int(sys.argv[2])
+    """Daemonise, listen, have the socket put in its place, serve."""
+    path, channel = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -272,11 +315,23 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     ctypes.CDLL(None).prctl(_PR_SET_NAME, b"incdump-holder", 0, 0, 0)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    listener.bind(path)
+    mine = f"{path}.{os.getpid()}"
+    listener.bind(mine)
     listener.listen(16)
-    os.write(ready, b"1")
-    os.close(ready)
-    Holder(listener).run()
+    holder = Holder(listener)
+    holder.inode = inode = os.lstat(mine)
+    try:
+        with channel:
+            channel.settimeout(wire.LOCK_TIMEOUT)
+            channel.sendall(os.fsencode(mine))
+            has_place = channel.recv(1) == b"1"
+    except OSError:
+        has_place = False
+    if not has_place:  # nobody will ever ask: the starter has given up, or was killed
+        for name in (mine, path):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(name), inode):
+                    os.unlink(name)
+        return
+    holder.run()

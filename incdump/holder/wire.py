@@ -1,5 +1,8 @@
 """What the holder and its clients say to each other.
 
+A number means a process only in one pid namespace, so each has a holder of its own: its socket's name has the
+namespace's inode, and both ends make sure that they are in the same one. A target is handed over as a pidfd.
+
 One message is one datagram of a SOCK_SEQPACKET unix socket: a JSON object, at most 64 KiB, with file descriptors beside
 it (SCM_RIGHTS). A client sends ``{"do": NAME, ...}`` and gets one answer; an answer that holds ``"error"`` is a
 refusal. Only the standard library is used: the holder is to stay small.
@@ -8,13 +11,14 @@ refusal. Only the standard library is used: the holder is to stay small.
 do         with                                        answer
 =========  ==========================================  ===============================================================
 hello                                                  ``pid`` of the holder, ``version`` of this protocol
-acquire    ``pid``, ``start_time``                     ``generation`` (or null), ``started`` (tracking began now),
-                                                       ``stopped_us``; the userfaultfd as descriptor
-renew      ``pid``, ``start_time``                     the same, after a new userfaultfd took the old one's place
+acquire    ``pid``, ``start_time``; its pidfd as       ``generation`` (or null), ``started`` (tracking began now),
+           descriptor                                  ``stopped_us``; the userfaultfd as descriptor
+renew      the same                                    the same, after a new userfaultfd took the old one's place
 commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
-forget     ``pid`` (or null for all)                   ``forgotten``: list of pids; ``ends``: whether the holder does
+forget     ``pids`` (or null for all)                  ``forgotten``: list of pids; ``ends``: whether the holder does
                                                        when this connection has ended
 list                                                   ``targets``: list of objects
+end                                                    ``forgotten``; it ends at once, and all of its tracking
 =========  ==========================================  ===============================================================
 
 From ``acquire`` until ``commit`` the target belongs to that connection, and its generation counts as lost: a client
@@ -25,21 +29,42 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
 import stat
 import struct
+import time
 from typing import Any
 
-VERSION = 1
+from incdump.proc.identity import check_own_proc
+
+VERSION = 2
 MAX_MESSAGE = 65536
-LOG = "holder.log"
-"""Beside the socket: what a holder has to say before it dies."""
-_LOCK = "holder.lock"
-_SOCKET = "holder.sock"
 MAX_FDS = 4
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for whoever looks for a holder, or starts one: longer than any of that takes."""
+_LOCK_POLL = 0.01
+
+
+def pid_namespace() -> int:
+    """The inode of this process's pid namespace.
+
+    :raises incdump.errors.ProcMismatch: /proc is not this namespace's.
+    """
+    check_own_proc()
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def _name(ending: str) -> str:
+    return f"holder-{pid_namespace()}.{ending}"
+
+
+def log_path(directory: str) -> str:
+    """Beside the socket: what a holder has to say before it dies."""
+    return os.path.join(directory, _name("log"))
 
 
 def runtime_dir() -> str:
@@ -69,8 +94,8 @@ def runtime_dir() -> str:
 
 
 def socket_path() -> str:
-    """Where the holder of this user listens."""
-    return os.path.join(runtime_dir(), _SOCKET)
+    """Where the holder of this user, in this pid namespace, listens."""
+    return os.path.join(runtime_dir(), _name("sock"))
 
 
 def lock_socket(directory: str, *, wait: bool = True) -> int:
@@ -78,12 +103,14 @@ def lock_socket(directory: str, *, wait: bool = True) -> int:
 
     :returns: a descriptor; the lock lasts until it is closed.
     :raises BlockingIOError: somebody else has it, and `wait` is false.
+    :raises TimeoutError: somebody else had it for `LOCK_TIMEOUT`.
     """
-    path = os.path.join(directory, _LOCK)
+    path = os.path.join(directory, _name("lock"))
+    deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _flock(lock, path, deadline if wait else None)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(lock)):
                     return lock
@@ -93,10 +120,33 @@ def lock_socket(directory: str, *, wait: bool = True) -> int:
         os.close(lock)  # a holder that ended has removed it meanwhile
 
 
-def remove_traces(directory: str) -> None:
-    """Remove socket, log (unless there is something in it) and lock; the caller has the lock, and keeps it."""
-    log = os.path.join(directory, LOG)
-    for path in (os.path.join(directory, _SOCKET), log, os.path.join(directory, _LOCK)):
+def _flock(lock: int, path: str, deadline: float | None) -> None:
+    """Lock a file; with a deadline, by then.
+
+    flock(2) has no limit of its own, and a holder of the lock may have been stopped.
+    """
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if deadline is None:
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "another incdump keeps it locked; is it stopped?", path) from None
+        time.sleep(_LOCK_POLL)
+
+
+def remove_traces(directory: str, listener: os.stat_result | None = None) -> None:
+    """Remove socket, log (unless there is something in it) and lock; the caller has the lock, and keeps it.
+
+    :param listener: of the holder that ends: where the socket is another one's by now, nothing is removed.
+    """
+    log, socket_file = log_path(directory), os.path.join(directory, _name("sock"))
+    if listener is not None:
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.lstat(socket_file), listener):
+                return
+    for path in (socket_file, log, os.path.join(directory, _name("lock"))):
         with contextlib.suppress(OSError):
             if path != log or not os.stat(log).st_size:
                 os.unlink(path)
@@ -106,6 +156,14 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     """Who is at the other end of a connection: process and user, as they were when it listened or connected."""
     pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return pid, uid
+
+
+def is_neighbour(pid: int) -> bool:
+    """Whether a process is in this process's pid namespace: then both mean the same by a number."""
+    try:
+        return pid > 0 and os.stat(f"/proc/{pid}/ns/pid").st_ino == pid_namespace()
+    except OSError:
+        return False
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:

@@ -3,20 +3,29 @@
 A pid is used again after its process is gone. The start time in field 22 of /proc/PID/stat, in clock ticks since boot,
 tells the two apart; the boot id tells boots apart. exec(2) keeps both: the address space is new all the same.
 
+A number means a process only together with a pid namespace. /proc shows those of the namespace that it was mounted
+for, which need not be the caller's (``unshare -fp`` without ``--mount-proc``): system calls would act on another
+process than the one that was looked at. `check_own_proc` refuses that before a number is used. From there on a pidfd
+stands for the process, and `open_identified` binds the two: as long as the process of a pidfd has not been reaped, its
+number is nobody else's.
+
 This module is stdlib only: the small holder process uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
+import signal
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from incdump.errors import NoSuchTarget, TargetDenied, TargetUnsuitable
+from incdump.errors import NoSuchTarget, ProcMismatch, TargetDenied, TargetExited, TargetUnsuitable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +132,113 @@ def read_stat(pid: int) -> Stat:
 def boot_id() -> str:
     """The id of this boot, a UUID."""
     return read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def check_own_proc() -> None:
+    """Make sure that /proc is that of this process's own pid namespace.
+
+    The NSpid line of /proc/self/status (Linux 4.1) has one number for each namespace from the mount's inwards.
+
+    :raises ProcMismatch: it is not, or there is no /proc.
+    """
+    try:
+        status = read_proc("/proc/self/status")
+    except OSError:  # of a namespace that this process is not in at all, /proc/self leads nowhere
+        status = b""
+    fields = dict(line.split(b":", 1) for line in status.splitlines() if b":" in line)
+    numbers = fields.get(b"NSpid", fields.get(b"Pid", b"")).split()
+    if numbers != [b"%d" % os.getpid()]:
+        raise ProcMismatch(
+            "/proc does not show this pid namespace, so a number means one process there and another here: "
+            "mount its own (mount -t proc proc /proc; unshare --mount-proc, nsenter -m)",
+            path="/proc",
+        )
+
+
+def open_identified(pid: int, start_time: int) -> int:
+    """A pidfd of a process that is known by number and start time. The caller closes it.
+
+    :raises TargetExited: that process is gone; the number may be another's by now.
+    """
+    try:
+        pidfd = open_pidfd(pid)
+    except NoSuchTarget as error:
+        raise TargetExited(f"process {pid} exited", pid=pid, errno=error.errno) from None
+    try:
+        stat = read_stat(pid)
+        if stat.start_time == start_time and not has_ended(pidfd):
+            return pidfd
+    except ProcessLookupError:
+        pass
+    except BaseException:
+        os.close(pidfd)
+        raise
+    os.close(pidfd)
+    raise TargetExited(f"process {pid} exited, and its number is another's by now", pid=pid)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process behind a pidfd has exited; a zombie has."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def pid_of(pidfd: int) -> int:
+    """The number of the process behind a pidfd: -1 if it was reaped, 0 if it is in no namespace of ours.
+
+    :raises OSError: the descriptor is no pidfd.
+    """
+    for line in read_proc(f"/proc/self/fdinfo/{pidfd}").splitlines():
+        if line.startswith(b"Pid:"):
+            return int(line[4:])
+    raise OSError(errno.EBADF, "not a pidfd")
+
+
+def signal_same(identity: Identity, number: int) -> bool:
+    """Send a signal to that very process, never to another that has its number by now.
+
+    :returns: False: it is gone.
+    """
+    try:
+        pidfd = open_identified(identity.pid, identity.start_time)
+    except TargetExited:
+        return False
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, number)
+            return True
+        return False
+    finally:
+        os.close(pidfd)
+
+
+_own_helpers: set[tuple[int, int]] = set()
+
+
+def keep_out_of_trees(pid: int) -> None:
+    """Remember a process as incdump's own: it belongs to no target's tree, whoever has adopted it."""
+    with contextlib.suppress(ProcessLookupError):
+        _own_helpers.add((pid, read_stat(pid).start_time))
+
+
+def descends_from(pid: int, root: int) -> bool:
+    """Whether a process is `root`, or has it among its ancestors by now."""
+    seen: set[int] = set()
+    while pid > 0 and pid not in seen:
+        if pid == root:
+            return True
+        seen.add(pid)
+        try:
+            pid = read_stat(pid).ppid
+        except ProcessLookupError:
+            return False
+    return False
+
+
+def is_own_helper(stat: Stat) -> bool:
+    """Whether a process is one of `keep_out_of_trees`."""
+    return (stat.pid, stat.start_time) in _own_helpers
 
 
 def identify(pid: int) -> Identity:

@@ -22,6 +22,8 @@ from incdump.proc.identity import (
     PF_FORKNOEXEC,
     PF_KTHREAD,
     Stat,
+    check_own_proc,
+    is_own_helper,
     leaderless,
     no_such_target,
     read_proc,
@@ -67,6 +69,8 @@ class Task:
 def process_tree(root: int) -> tuple[Task, ...]:
     """All processes from `root` down: the root first, parents before children, zombies included.
 
+    incdump's own helpers, which a target may have adopted, are left out.
+
     :raises NoSuchTarget: the root does not exist. (Others that vanish meanwhile are left out.)
     """
     try:
@@ -83,6 +87,8 @@ def process_tree(root: int) -> tuple[Task, ...]:
             continue
         seen.add(pid)
         try:
+            if pid != root and is_own_helper(read_stat(pid)):
+                continue
             task = _read_task(pid, depth)
         except ProcessLookupError as e:
             if pid == root:
@@ -97,6 +103,7 @@ def check_target(pid: int) -> Task:
     """Make sure that the tree of process `pid` can be dumped by this process.
 
     :returns: the root task.
+    :raises ProcMismatch: /proc is another pid namespace's.
     :raises NoSuchTarget: no such process; or `pid` is a thread, not a process.
     :raises TargetUnsuitable: a kernel thread, a zombie, a process whose main thread has exited before the others, or a
         tree that incdump itself belongs to.
@@ -105,6 +112,7 @@ def check_target(pid: int) -> Task:
     """
     if pid <= 0:
         raise no_such_target(pid)
+    check_own_proc()
     try:
         stat = read_stat(pid)
         status = _status(pid)

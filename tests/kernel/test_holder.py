@@ -322,7 +322,7 @@ for turn in range(150):
     pid = os.fork()
     if not pid:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as the holder does
-        make_tracking_uffd(target.pid)
+        make_tracking_uffd(target.pid, os.pidfd_open(target.pid))
         os._exit(0)
     time.sleep(random.uniform(0.0003, 0.004))
     os.kill(pid, signal.SIGTERM)
@@ -355,6 +355,6 @@ async def test_it_has_nothing_of_whoever_started_it(odd: Odd, images_root: Path)
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert os.getsid(pid) != os.getsid(0)
         names = {os.readlink(f"/proc/{pid}/fd/{n}") for n in range(3)}
-        assert names <= {"/dev/null", f"{wire.runtime_dir()}/holder.log"}
+        assert names <= {"/dev/null", wire.log_path(wire.runtime_dir())}
     finally:
         os.close(reader)

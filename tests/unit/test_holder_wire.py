@@ -249,7 +249,8 @@ def test_the_runtime_directory_is_made_for_this_user_alone(tmp_path: Path, monke
     monkeypatch.setenv("INCDUMP_RUNTIME_DIR", str(tmp_path / "a" / "b"))
     assert wire.runtime_dir() == str(tmp_path / "a" / "b")
     assert os.stat(tmp_path / "a" / "b").st_mode & 0o7777 == 0o700
-    assert wire.socket_path() == str(tmp_path / "a" / "b" / "holder.sock")
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    assert wire.socket_path() == str(tmp_path / "a" / "b" / f"holder-{namespace}.sock")
 
 
 def test_a_runtime_directory_that_others_may_write_to_is_refused(
@@ -285,7 +286,7 @@ def test_who_waits_for_the_lock_while_a_holder_ends_gets_the_next_one(tmp_path: 
     got: list[int] = []
     waiting = threading.Thread(target=lambda: got.append(wire.lock_socket(str(tmp_path))))
     waiting.start()
-    until_blocked_in_flock(waiting)
+    until_opened_twice(next(tmp_path.iterdir()))
     wire.remove_traces(str(tmp_path))
     assert os.listdir(tmp_path) == []
     os.close(ending)
@@ -296,19 +297,45 @@ def test_who_waits_for_the_lock_while_a_holder_ends_gets_the_next_one(tmp_path: 
     os.close(wire.lock_socket(str(tmp_path), wait=False))
 
 
-def until_blocked_in_flock(thread: threading.Thread) -> None:
-    """Wait until a thread waits for a file lock, as /proc/locks tells."""
+def until_opened_twice(lock: Path) -> None:
+    """Wait until somebody else in this process has the lock's file open."""
     for _ in range(1000):
-        waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
-        if any(f" {os.getpid()} " in line for line in waiting):
+        names = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        if names.count(str(lock)) >= 2:
             return
         time.sleep(0.01)
-    raise AssertionError(f"{thread} does not wait")
+    raise AssertionError("nobody waits for the lock")
+
+
+def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "LOCK_TIMEOUT", 0.05)
+    kept = wire.lock_socket(str(tmp_path))
+    with pytest.raises(TimeoutError, match="another incdump keeps it locked"):
+        wire.lock_socket(str(tmp_path))
+    os.close(kept)
+
+
+def test_a_holder_that_ends_leaves_its_successors_socket_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INCDUMP_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    path = Path(wire.socket_path())
+    (tmp_path / "mine").touch()
+    mine = os.lstat(tmp_path / "mine")
+    path.touch()
+    lock = wire.lock_socket(str(tmp_path))
+    wire.remove_traces(str(tmp_path), mine)
+    assert path.exists()
+    wire.remove_traces(str(tmp_path), os.lstat(path))
+    os.close(lock)
+    assert os.listdir(tmp_path) == ["mine"]
 
 
 def test_a_log_with_something_in_it_is_left(tmp_path: Path) -> None:
-    (tmp_path / wire.LOG).write_text("Traceback")
+    log = Path(wire.log_path(str(tmp_path)))
+    log.write_text("Traceback")
     lock = wire.lock_socket(str(tmp_path))
     wire.remove_traces(str(tmp_path))
     os.close(lock)
-    assert os.listdir(tmp_path) == [wire.LOG]
+    assert os.listdir(tmp_path) == [log.name]
