@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.dumping import dump_options, page_server_options, run_dump
-from incdump.cli.invocation import Command, Invocation, criu_arguments, criu_option
-from incdump.model.options import WAYS
+from incdump.cli.invocation import Command, Invocation, criu_arguments, criu_option, way_option
 
 if TYPE_CHECKING:
     from incdump.model.options import Afterwards, WayName
@@ -26,14 +25,7 @@ Examples:
 @criu_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
-@click.option(
-    "--way",
-    type=click.Choice(WAYS),
-    default="auto",
-    show_default=True,
-    help="How CRIU is kept from the memory: on a leash (seccomp user notification), or by its own lazy dump, which "
-    "stops the tree for longer. auto: the first that can be used here.",
-)
+@way_option
 @criu_arguments
 @click.pass_obj
 def command(

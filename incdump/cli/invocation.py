@@ -13,6 +13,7 @@ import click
 
 from incdump.cli.target import hint_at_target
 from incdump.errors import IncdumpError
+from incdump.model.options import WAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,6 +104,14 @@ json_option = click.option(
 )
 criu_option = click.option(
     "--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: where it is installed]"
+)
+way_option = click.option(
+    "--way",
+    type=click.Choice(WAYS),
+    default="auto",
+    show_default=True,
+    help="How CRIU is kept from the memory: on a leash (seccomp user notification), or by its own lazy dump, which "
+    "stops the tree for longer. auto: the first that can be used here.",
 )
 criu_arguments = click.argument("criu_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- CRIU-OPTION...]")
 verbose_option = click.option(

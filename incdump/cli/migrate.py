@@ -18,6 +18,7 @@ from incdump.cli.invocation import (
     json_option,
     print_json,
     verbose_option,
+    way_option,
 )
 from incdump.cli.log import Log
 from incdump.cli.loop import Audience, end_fields, show_end
@@ -32,6 +33,7 @@ from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.migrate import MigrateResult
+    from incdump.model.options import WayName
     from incdump.model.precopy import PrecopyPolicy
 
 _STEPS = {
@@ -79,6 +81,7 @@ Examples:
     help="Of pages on their way. auto: where it turns out to be quicker.",
 )
 @criu_option
+@way_option
 @tls_options
 @freeze_timeout_option
 @report_option
@@ -96,6 +99,7 @@ def command(
     if_unknown: Any,
     asking: float,
     criu: str | None,
+    way: WayName,
     criu_options: tuple[str, ...],
     report: Report | None,
     **given: Any,
@@ -119,7 +123,7 @@ def command(
         audience = Audience(invocation, log, policy, report, title)
         more: dict[str, Any] = {"criu": criu, "criu_options": criu_options, "hook": take_hook(hook)}
         more["hook_timeout"] = hook_timeout
-        more |= {"if_unknown": if_unknown, "asking": asking}
+        more |= {"if_unknown": if_unknown, "asking": asking, "way": way}
         steps: list[str] = []
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
             try:

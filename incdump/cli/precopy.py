@@ -16,6 +16,7 @@ from incdump.cli.invocation import (
     json_option,
     print_json,
     verbose_option,
+    way_option,
 )
 from incdump.cli.log import Log
 from incdump.cli.loop import Audience, end_fields, show_end
@@ -29,7 +30,7 @@ from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from incdump.engine.precopy import PrecopyResult
-    from incdump.model.options import Afterwards
+    from incdump.model.options import Afterwards, WayName
     from incdump.model.precopy import PrecopyPolicy
     from incdump.model.stats import FreezePart
 
@@ -46,6 +47,7 @@ Examples:
 @policy_options
 @click.option("--final", type=click.Choice(FINALS), default="dump", show_default=True, help="What comes last.")
 @criu_option
+@way_option
 @click.option("-R", "--leave-running", is_flag=True, help="Let the tree go on afterwards: the default.")
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
 @click.option("--kill", is_flag=True, help="Kill it once the last images are complete.")
@@ -62,6 +64,7 @@ def command(
     images_dir: str,
     final: Any,
     criu: str | None,
+    way: WayName,
     criu_options: tuple[str, ...],
     leave_running: bool,
     leave_stopped: bool,
@@ -95,7 +98,7 @@ def command(
         log.line(f"pre-copy of process {pid} into {images_dir}")
         title = f"pre-copy of process {pid} ({target.comm}) into {images_dir}"
         audience = Audience(invocation, log, policy, report, title)
-        with_criu = {"criu": criu, "criu_options": criu_options}
+        with_criu = {"criu": criu, "criu_options": criu_options, "way": way}
         with nullcontext() if report is None else report.of(pid, target.comm, policy, log.warning):
             result = run(lambda: _precopy(audience, pid, images_dir, policy, options, with_criu))
             parts = [] if result.final is None else freeze_parts(result.final)

@@ -8,6 +8,9 @@ The script here says that it was reached, and waits for a file lock. Who holds t
 takes it away from it however it ends. So the script never waits for nobody, and if what it finds then is no permission
 to go on, it fails. It also looks before CRIU has stopped anything (``pre-dump``) whether anybody holds the lock: a CRIU
 whose incdump is gone by then does not begin.
+
+Action scripts of the user's own are called by this one, after all that: at ``post-dump`` they find the images dir
+complete, which CRIU, that runs one script after the other and knows another directory, could not give them.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -27,25 +31,52 @@ cd {place} || exit 1
 case "$CRTOOLS_SCRIPT_ACTION" in
     pre-dump) exec > begun && ! flock --nonblock lock true ;;
     post-dump|post-restore) exec > reached && flock lock true && test -e go ;;
-esac
+esac || exit 1
 """
+_OTHERS = """\
+cd {images} || exit 1
+export CRTOOLS_IMAGE_DIR={images}
+"""
+
+
+def take_scripts(options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide options for CRIU.
+
+    :returns: the options but for action scripts; and these, in the order in which CRIU runs them: the last one first.
+    """
+    left: list[str] = []
+    scripts: list[str] = []
+    words = iter(options)
+    for word in words:
+        name, given, value = word.partition("=")
+        if name == "--action-script":
+            scripts.append(value if given else next(words, ""))
+        else:
+            left.append(word)
+    return left, scripts[::-1]
 
 
 class Gate:
     """A gate, closed. Close the object when CRIU has ended.
 
     :param place: an empty directory for it, absolute; from where programs can be executed.
+    :param images: where the images will be, absolute.
+    :param scripts: the user's own, as shell commands, in the order in which they are to run.
     :ivar script: the action script's path.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, images: Path, scripts: Sequence[str] = ()) -> None:
         self._place = place
         self.script = place / "script"
         self._lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            (place / "stay").touch()
-            self.script.write_text(_SCRIPT.format(place=shlex.quote(str(place))))
+            (place / "stay").touch(mode=0o600)
+            text = _SCRIPT.format(place=shlex.quote(str(place)))
+            if scripts:
+                text += _OTHERS.format(images=shlex.quote(str(images)))
+                text += "".join(f"sh -c {shlex.quote(script)} || exit 1\n" for script in scripts)
+            self.script.write_text(text)
             self.script.chmod(0o700)
         except BaseException:
             os.close(self._lock)

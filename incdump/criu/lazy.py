@@ -17,10 +17,11 @@ import subprocess
 import threading
 from typing import TYPE_CHECKING
 
-from incdump.criu.program import spare
+from incdump.criu.program import UMASK, own_file, spare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 FORCE_CLOSE = 0x1024
 _LONG_HEADERS_SINCE = (4, 2)
@@ -32,18 +33,22 @@ class LazyCriu:
     :param command: the program and its arguments, for ``dump``.
     :param version: CRIU's.
     :param on_end: called in a thread of its own when it has ended.
+    :param stderr: a file that takes what it says there.
     """
 
-    def __init__(self, command: Sequence[str], version: tuple[int, ...], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, command: Sequence[str], version: tuple[int, ...], on_end: Callable[[], None], stderr: Path
+    ) -> None:
         self._on_end = on_end
         near, far = socket.socketpair()
-        with near, far:
+        with near, far, own_file(stderr) as said:
             near.sendall(_force_close(version))
             self._process = subprocess.Popen(
                 [*command, "--lazy-pages", "--ps-socket", str(far.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=said,
+                umask=UMASK,
                 pass_fds=[near.fileno(), far.fileno()],  # both ends: its answer has somewhere to go, whoever is gone
                 start_new_session=True,  # a Ctrl-C is incdump's to handle
             )

@@ -29,12 +29,13 @@ from incdump._uapi import seccomp
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pagemap_scan import PAGEMAP_SCAN
 from incdump.criu import leashed
-from incdump.criu.program import spare
+from incdump.criu.program import UMASK, own_file, spare
 from incdump.errors import LeashUnusable
 from incdump.model.regions import PageIs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 _SCAN_ARGUMENT = struct.Struct("=12Q")  # struct pm_scan_arg, include/uapi/linux/fs.h
 _WALK_END, _ANYOF, _MASK = 4, 10, 9
@@ -53,6 +54,7 @@ class LeashedCriu:
     :param mappings: what smaps would tell of a process's mappings; raises OSError in doubt. None: it reads smaps.
     :param on_scan: called in that thread at the first scan of another process's memory, which ends after `go_on`.
     :param on_end: called there when nothing of CRIU runs any more.
+    :param stderr: a file that takes what it says there.
     :ivar scanned: the other processes whose memory it has scanned; it has looked at their mappings before.
     :ivar told: the processes of which it was told the mappings.
     :raises incdump.errors.LeashUnusable: there is no user notification to be had for it.
@@ -64,6 +66,7 @@ class LeashedCriu:
         mappings: Callable[[int], bytes] | None,
         on_scan: Callable[[], None],
         on_end: Callable[[], None],
+        stderr: Path,
     ) -> None:
         self._mappings = mappings
         self._on_scan = on_scan
@@ -73,13 +76,14 @@ class LeashedCriu:
         self.told: set[int] = set()
         calls = [(ARCH.sys_ioctl, PAGEMAP_SCAN)] + ([] if mappings is None else [(ARCH.sys_fcntl, fcntl.F_SETFD)])
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        with ours, theirs, own_file(stderr) as said:
             numbers = (theirs.fileno(), ARCH.sys_seccomp, ",".join(f"{call}:{argument}" for call, argument in calls))
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", leashed.__file__, *map(str, numbers), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=said,
+                umask=UMASK,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C is incdump's to handle
             )

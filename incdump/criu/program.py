@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from incdump.errors import CriuError
 
@@ -19,7 +20,14 @@ OLDEST = (4, 1)
 """What the leash was tried with: CRIU 4.1 scans by PAGEMAP_SCAN where the kernel has it."""
 _PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on every user's PATH
 _QUOTED = 3
+_MOST_QUOTED = 4096
+_MOST_KEPT = 4 << 20
+"""Bytes of a log, the last ones, that are kept of a CRIU that failed."""
 _SPARED = "-1000"
+SECCOMP_REFUSED = "suspending seccomp failed"
+"""What CRIU says where it is itself under a filter (compel's infect.c)."""
+UMASK = 0o077
+"""Of a CRIU that dumps: its images hold registers and memory."""
 # What CRIU cannot do without a capability, and does without; and what follows from any other error.
 _SAY_NOTHING = ("rlimit: Can't setup", "Unable to detach", "Dumping FAILED", "Restoring FAILED", "Killing processes")
 
@@ -42,13 +50,14 @@ class Criu:
 def find(path: str | None = None) -> Criu:
     """Find CRIU, and make sure that it is new enough. Blocks.
 
-    :param path: the program; None: ``criu``, on the PATH or where distributions put it.
+    :param path: the program; None: ``$INCDUMP_CRIU``, or else ``criu``, on the PATH or where distributions put it.
     :raises incdump.errors.CriuError: there is none, it does not run, or it is too old.
     """
+    path = path or os.environ.get("INCDUMP_CRIU") or None
     name = path or "criu"
     where = shutil.which(name) or (None if path else shutil.which(name, path=os.pathsep.join(_PLACES)))
     if where is None:
-        hint = "give another --criu" if path else "install it (4.1 or later), or give its place with --criu"
+        hint = "give another --criu" if path else "install it (4.1 or later), or name it by --criu or INCDUMP_CRIU"
         raise CriuError(f"there is no program {name}: {hint}", path=path)
     where = os.path.abspath(where)
     try:
@@ -66,6 +75,11 @@ def find(path: str | None = None) -> Criu:
     return Criu(where, version)
 
 
+def own_file(path: Path) -> BinaryIO:
+    """A new file to write, its owner's alone."""
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb")
+
+
 def spare(pid: int) -> None:
     """Have the kernel end other processes first when memory runs out, where that is allowed (CAP_SYS_RESOURCE).
 
@@ -76,20 +90,38 @@ def spare(pid: int) -> None:
         file.write(_SPARED)
 
 
-def failure(criu: Criu, status: int, doing: str, log: Path, **data: Any) -> CriuError:
-    """The error for a CRIU that has failed, with its own reason.
+def failure(criu: Criu, status: int, doing: str, log: Path, stderr: Path, **data: Any) -> CriuError:
+    """The error for a CRIU that has failed, with its own reason. A copy of its log is kept, and named.
 
     :param status: its exit status; negative for a signal.
     :param doing: what it was doing, after "failed".
+    :param stderr: a file that took what it said there.
     :param data: the error's ``pid`` or ``path``.
     """
     how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-    return CriuError(f"{criu} {how} {doing}{_why(log)}", **data)
+    return CriuError(f"{criu} {how} {doing}{_why(log, stderr)}{_kept(log)}", **data)
 
 
-def _why(log: Path) -> str:
+def _kept(log: Path) -> str:
+    """Put a log where it stays when the images dir is removed; where it is, after a semicolon."""
+    try:
+        with open(log, "rb") as source:
+            fd, name = tempfile.mkstemp(prefix="incdump-criu-", suffix=".log")
+            with open(fd, "wb") as kept:
+                source.seek(max(0, os.fstat(source.fileno()).st_size - _MOST_KEPT))
+                shutil.copyfileobj(source, kept)
+    except OSError:
+        return ""
+    return f"; its log is kept in {name}"
+
+
+def _why(log: Path, stderr: Path) -> str:
     if said := last_errors(log):
         return f": {said}"
+    with suppress(OSError), open(stderr, "rb") as file:
+        lines = file.read(_MOST_QUOTED).decode(errors="replace").split("\n")
+        if told := [line.strip() for line in lines if line.strip()]:
+            return f": {'; '.join(told[:_QUOTED])}"
     with suppress(OSError):
         disk = os.statvfs(log.parent)
         if disk.f_blocks and not disk.f_bfree:  # not even for root; a file system without a size has 0 of 0

@@ -36,15 +36,15 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from incdump.criu.gate import Gate
+from incdump.criu.gate import Gate, take_scripts
 from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu, uses_short_smaps
-from incdump.criu.program import failure, find
+from incdump.criu.program import SECCOMP_REFUSED, failure, find, last_errors
 from incdump.engine.dump import DumpRun
 from incdump.engine.sent_image import Sending
 from incdump.engine.tasks import done_before
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, XferError
+from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, TargetUnsuitable, XferError
 from incdump.freeze.seize import Frozen, FrozenTask
 from incdump.holder.client import HolderKeeper
 from incdump.images.new_dir import INVENTORY
@@ -55,6 +55,7 @@ from incdump.model.options import WAYS, DumpOptions
 from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
+from incdump.proc.confinement import filtered, frozen_cgroup
 from incdump.proc.identity import Identity, is_same
 from incdump.proc.mm_info import resident_bytes
 from incdump.proc.short_smaps import ShortSmaps
@@ -86,6 +87,7 @@ SUBDIR = "criu-unfinished"
 """Where CRIU works, in the images dir."""
 GATE = "criu-gate"
 LOG = "criu-dump.log"
+STDERR = "criu-dump.stderr"
 _GATE_POLL = 0.1
 """Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
 _STANDS_POLL = 0.05
@@ -184,6 +186,7 @@ class CheckpointRun(DumpRun):
             )
         pipeline = self._pipeline()
         buffer = make_buffer(CHUNK_PAGES)
+        await in_thread(self._refuse_frozen)
         try:
             await in_thread(self._prepare_tree, break_off=self._break_off)
             await in_thread(self._end_adopted_holder)
@@ -202,6 +205,8 @@ class CheckpointRun(DumpRun):
         for way in ways:
             self._times.way = way
             try:
+                if way == "leash":
+                    await in_thread(self._refuse_filtered)
                 await self._dump_by(way, images, pipeline, buffer)
             except LeashUnusable as error:
                 if way == ways[-1]:
@@ -210,6 +215,29 @@ class CheckpointRun(DumpRun):
                 self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
             else:
                 return
+
+    def _refuse_frozen(self) -> None:
+        """:raises TargetUnsuitable: the tree is in a frozen cgroup, where CRIU would wait for ever."""
+        if any(option.split("=")[0] == "--freeze-cgroup" for option in self._criu_options):
+            return
+        for task in process_tree(self._pid):
+            with suppress(ProcessLookupError):
+                if (place := frozen_cgroup(task.pid)) is not None:
+                    raise TargetUnsuitable(
+                        f"process {task.pid} is in the frozen cgroup {place}, where CRIU can have nothing run, and was "
+                        f"not touched: thaw it, or have CRIU do that (-- --freeze-cgroup {place})",
+                        pid=task.pid,
+                        path=place,
+                    )
+
+    def _refuse_filtered(self) -> None:
+        """:raises incdump.errors.LeashUnusable: a process has a seccomp filter."""
+        if (pid := filtered(process_tree(self._pid))) is not None:
+            raise LeashUnusable(
+                f"CRIU cannot be held on a leash (process {pid} has a seccomp filter, which the kernel does not let a "
+                "tracer under a filter suspend)",
+                pid=pid,
+            )
 
     def _end_adopted_holder(self) -> None:
         """CRIU would stop a holder that the tree has adopted, and dump it."""
@@ -245,9 +273,11 @@ class CheckpointRun(DumpRun):
         """:raises incdump.errors.LeashUnusable: nothing has come of it, another way may be tried."""
         place = images.make_subdir(SUBDIR)
         self._tell("freezing")
-        gate = Gate(images.make_subdir(GATE))
+        options, scripts = take_scripts(self._criu_options)
+        gate = Gate(images.make_subdir(GATE), images.path, scripts)
         try:
-            self._run = run = _Run(self._command(place, gate), self._criu, way, gate, self._smaps)
+            command, said = self._command(images.path, place, gate, options), place / STDERR
+            self._run = run = _Run(command, self._criu, way, gate, self._smaps, said)
             began = time.monotonic_ns()
             try:
                 await in_thread(run.start)
@@ -273,6 +303,9 @@ class CheckpointRun(DumpRun):
             if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
                 self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
         except _CriuEnded as ended:
+            if way == "leash" and not run.scanned and SECCOMP_REFUSED in last_errors(place / LOG):
+                images.remove_subdirs()
+                raise LeashUnusable("CRIU cannot be held on a leash (a process has got a seccomp filter)") from None
             raise self._failed(place, ended.status) from None
         finally:
             gate.close()
@@ -283,14 +316,16 @@ class CheckpointRun(DumpRun):
             others = len({task.pid for task in self.tasks()} - told)
             self._times.mappings = f"read by CRIU of {others} processes" if others else "told by incdump"
 
-    def _command(self, place: Path, gate: Gate) -> list[str]:
+    def _command(self, images: Path, place: Path, gate: Gate, options: Sequence[str]) -> list[str]:
+        """CRIU's command line. It works where the user's relative paths are meant from, in the images dir."""
         after = {"running": ["--leave-running"], "stopped": ["--leave-stopped"], "killed": []}
-        place_options = ("--images-dir", str(place), "--work-dir", str(place), "--log-file", LOG)
+        place_options = ("--images-dir", str(place), "--work-dir", str(images), "--log-file", f"{SUBDIR}/{LOG}")
         return [
             *(self._criu.path, "dump", "--tree", str(self._pid), *place_options),
-            *("--action-script", str(gate.script), "--timeout", f"{max(1.0, self._options.freeze_timeout):.0f}"),
+            *("--timeout", f"{max(1.0, self._options.freeze_timeout):.0f}"),
             *after[self._options.afterwards],
-            *self._criu_options,
+            *options,
+            *("--action-script", str(gate.script)),
         ]
 
     async def _copy(self, run: _Run, pipeline: Pipeline) -> None:
@@ -358,7 +393,7 @@ class CheckpointRun(DumpRun):
         elif self._options.afterwards != "killed":
             self._commit()
         if self._times.way == "leash":
-            self._take_over_times(place / "stats-dump")
+            self._take_over_times(images.path / "stats-dump")
         self._count_segments(images.path)
         self._stats.stopped_time += self._stats.freezing_time + self._stats.frozen_time
         (images.path / "stats-dump").write_bytes(encode_stats(self._stats))
@@ -383,7 +418,7 @@ class CheckpointRun(DumpRun):
             self._stats.bytes_written += pages * PAGE_SIZE
 
     def _failed(self, place: Path, status: int) -> CriuError:
-        return failure(self._criu, status, f"on process {self._pid}", place / LOG, pid=self._pid)
+        return failure(self._criu, status, f"on process {self._pid}", place / LOG, place / STDERR, pid=self._pid)
 
 
 class _CriuEnded(Exception):
@@ -397,8 +432,11 @@ class _CriuEnded(Exception):
 class _Run:
     """CRIU's run, as the event loop sees it."""
 
-    def __init__(self, command: list[str], criu: Criu, way: WayName, gate: Gate, smaps: ShortSmaps | None) -> None:
+    def __init__(
+        self, command: list[str], criu: Criu, way: WayName, gate: Gate, smaps: ShortSmaps | None, stderr: Path
+    ) -> None:
         self._command = command
+        self._stderr = stderr
         self._mappings = None if smaps is None else smaps.read
         self._version = criu.version
         self._way = way
@@ -415,9 +453,9 @@ class _Run:
         """
         if self._way == "leash":
             events = self._tell(self._scanned), self._tell(self._ended)
-            self._criu = LeashedCriu(self._command, self._mappings, *events)
+            self._criu = LeashedCriu(self._command, self._mappings, *events, self._stderr)
         else:
-            self._criu = LazyCriu(self._command, self._version, self._tell(self._ended))
+            self._criu = LazyCriu(self._command, self._version, self._tell(self._ended), self._stderr)
 
     def _tell(self, event: asyncio.Event) -> Callable[[], None]:
         def tell() -> None:

@@ -42,7 +42,7 @@ from incdump.errors import (
     XferError,
 )
 from incdump.model.fields import check_choice, check_seconds
-from incdump.model.options import DumpOptions
+from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
 from incdump.proc.identity import Identity, boot_id, signal_same
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from incdump.engine.checkpoint import AtGate, CheckpointRun
     from incdump.engine.conversation import Conversation
+    from incdump.model.options import WayName
     from incdump.model.precopy import Decision, IfUnknown, MappingWrites, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
     from incdump.proc.tree import Task
@@ -122,6 +123,7 @@ async def migrate(
     hook_timeout: float = 30.0,
     if_unknown: IfUnknown = "stop",
     asking: float = 60.0,
+    way: WayName = "auto",
 ) -> MigrateResult:
     """Move a process tree to where an `incdump.Receiver` listens.
 
@@ -142,6 +144,7 @@ async def migrate(
     :param hook_timeout: seconds that it may take at each step; then it is killed, and counts as failed.
     :param if_unknown: what becomes of the tree here when it cannot be found out whether it runs over there.
     :param asking: seconds for which it is tried to find out, the tree standing still.
+    :param way: how CRIU is kept from the memory, as for `incdump.checkpoint`.
     :raises incdump.errors.CannotMigrate: the receiver's host lacks something: nothing was begun.
     :raises incdump.errors.MigrationError: it failed over there; the tree goes on here.
     :raises incdump.errors.HookTimeout: the hook took too long at ``stopped``; the tree goes on here.
@@ -151,6 +154,7 @@ async def migrate(
     """
     began = time.monotonic()
     check_choice("if_unknown", if_unknown, IF_UNKNOWN)
+    check_choice("way", way, WAYS)
     check_seconds("asking", asking, may_be_zero=True)
     check_seconds("hook_timeout", hook_timeout)
     options = options or DumpOptions()
@@ -181,6 +185,7 @@ async def migrate(
                 progress,
             )
             loop.switch = partial(source.switch, talk)
+            loop.way = way
             try:
                 await loop.run(program.path, criu_options)
             except BaseException as error:

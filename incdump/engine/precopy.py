@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from incdump.criu.program import find
 from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
 from incdump.engine.tasks import first_cause
@@ -29,8 +30,9 @@ from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper
 from incdump.images.proved import ProvedChain
+from incdump.model.fields import check_choice
 from incdump.model.hot import HotPages
-from incdump.model.options import DumpOptions
+from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
 from incdump.tracking import soft_dirty
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from incdump.engine.checkpoint import AtGate
     from incdump.holder.client import Keeper, Lease
+    from incdump.model.options import WayName
     from incdump.model.precopy import MappingWrites, Rule
     from incdump.model.runs import Runs
     from incdump.model.stats import DumpResult, DumpStats
@@ -96,6 +99,7 @@ async def precopy(
     progress: Callable[[str, DumpStats], None] | None = None,
     criu: str | None = None,
     criu_options: Sequence[str] = (),
+    way: WayName = "auto",
 ) -> PrecopyResult:
     """Pre-dump a process tree until the rest is small enough, then make the last dump.
 
@@ -112,6 +116,7 @@ async def precopy(
     :param progress: as for `incdump.predump`, of every dump.
     :param criu: for a checkpoint: CRIU's program.
     :param criu_options: for a checkpoint: further options for ``criu dump``.
+    :param way: for a checkpoint: how CRIU is kept from the memory, as for `incdump.checkpoint`.
     :raises incdump.errors.DidNotConverge: the rest did not become small enough in time, and ``on_timeout`` is
         ``"cancel"``. The tree runs on; the rounds stay.
     :raises incdump.errors.IncdumpError: as for `incdump.predump`, `incdump.dump` and `incdump.checkpoint`.
@@ -121,6 +126,10 @@ async def precopy(
     run = Loop(
         pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round, on_written, progress
     )
+    check_choice("way", way, WAYS)
+    run.way = way
+    if run.ends_in_checkpoint:
+        await in_thread(find, criu)  # before the rounds, not after them
     return await run.run(criu, criu_options)
 
 
@@ -148,6 +157,7 @@ class Loop:
     """One run of the loop.
 
     :ivar result: what there is of it so far.
+    :ivar way: of a last checkpoint: how CRIU is kept from the memory.
     """
 
     def __init__(
@@ -176,8 +186,14 @@ class Loop:
         self._hot = HotPages()
         self._proved = ProvedChain()
         self.result = PrecopyResult(str(path))
+        self.way: WayName = "auto"
         self._began = 0.0
         self._last: DumpResult | None = None
+
+    @property
+    def ends_in_checkpoint(self) -> bool:
+        """Whether CRIU is needed at the end."""
+        return self._policy.final == "checkpoint"
 
     async def run(self, criu: str | None, criu_options: Sequence[str]) -> PrecopyResult:
         async for done, decision in self.rounds(criu, criu_options):
@@ -313,7 +329,7 @@ class Loop:
                 from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
                 run = CheckpointRun(*arguments, self._at_gate(number), self._hot, self._proved)
-                return await run.with_criu(criu, criu_options, "auto")
+                return await run.with_criu(criu, criu_options, self.way)
             return await DumpRun("dump", *arguments, self._hot, self._proved).run()
         finally:
             keeper.close()

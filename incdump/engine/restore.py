@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from contextlib import suppress
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import aiofiles
 import anyio
 
-from incdump.criu.gate import Gate
+from incdump.criu.gate import Gate, take_scripts
 from incdump.criu.program import failure, find
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from incdump.criu.program import Criu
 
 LOG = "criu-restore.log"
+STDERR = "criu-restore.stderr"
 STATS = "stats-restore"
 _LOOK_SECONDS = 0.02
 
@@ -65,7 +65,7 @@ async def restore(
         pid_path = Path(place) / "pid"
         command = _command(program, images, pid_path)
         command += ["--restore-detached"] if detached else []
-        status = await _run([*command, *criu_options])
+        status = await _run([*command, *criu_options], pid_path.with_name(STDERR))
         result = await _result(program, images, pid_path, status)
     if pidfile is not None:
         await _write(pidfile, b"%d\n" % result.pid)
@@ -84,7 +84,7 @@ async def _result(program: Criu, images: Path, pid_path: Path, status: int) -> R
     :raises incdump.errors.CriuError: it has failed.
     """
     if status:
-        raise failure(program, status, f"restoring {images}", images / LOG, path=images)
+        raise failure(program, status, f"restoring {images}", images / LOG, pid_path.with_name(STDERR), path=images)
     pid = int(await _read(pid_path))
     stats = images / STATS
     times = decode_restore_stats(await _read(stats), stats) if stats.exists() else {}
@@ -119,15 +119,19 @@ class HeldRestore:
         """
         # Among the images, from where programs can be executed if they can be at all.
         self._place = tempfile.TemporaryDirectory(prefix="criu-restore-", dir=self._images)
-        self._gate = Gate(Path(self._place.name))
+        options, scripts = take_scripts(self._options)
+        self._gate = Gate(Path(self._place.name), self._images, scripts)
         command = _command(self._program, self._images, self._pid_path)
         command += ["--restore-detached", "--action-script", str(self._gate.script)]
-        with anyio.CancelScope(shield=True):  # who is cancelled here would never know of it
+        with (
+            anyio.CancelScope(shield=True),  # who is cancelled here would never know of it
+            self._pid_path.with_name(STDERR).open("wb") as said,
+        ):
             self._process = process = await anyio.open_process(
-                [*command, *self._options],
+                [*command, *options],
                 stdin=None,
                 stdout=None,
-                stderr=subprocess.DEVNULL,
+                stderr=said,
                 start_new_session=True,  # a Ctrl-C is incdump's to handle: the tree may just be about to run
             )
         looked = 0.0
@@ -232,11 +236,14 @@ async def _write(path: str | os.PathLike[str], data: bytes) -> None:
         raise IncdumpError(f"cannot write {path}: {error.strerror}", path=path, errno=error.errno) from error
 
 
-async def _run(command: Sequence[str]) -> int:
-    """Run CRIU with this process's own streams, which the restored tree gets where it had a terminal."""
-    async with await anyio.open_process(
-        command, stdin=None, stdout=None, stderr=subprocess.DEVNULL, start_new_session=False
-    ) as process:
+async def _run(command: Sequence[str], stderr: Path) -> int:
+    """Run CRIU with this process's own streams, which the restored tree gets where it had a terminal.
+
+    :param stderr: a file that takes what it says there.
+    """
+    with stderr.open("wb") as said:
+        opened = await anyio.open_process(command, stdin=None, stdout=None, stderr=said, start_new_session=False)
+    async with opened as process:
         try:
             return await process.wait()
         except BaseException:

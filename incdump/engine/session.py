@@ -12,7 +12,8 @@ from incdump.engine.precopy import Loop, refuse_page_server
 from incdump.errors import HolderError
 from incdump.holder.client import OwnKeeper
 from incdump.images.proved import ProvedChain
-from incdump.model.options import DumpOptions
+from incdump.model.fields import check_choice
+from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import PrecopyPolicy, should_stop
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class Session:
         freezes: Sequence[Freeze] = (),
         criu: str | None = None,
         criu_options: Sequence[str] = (),
+        way: WayName = "auto",
     ) -> PrecopyRounds:
         """Pre-dump until the rest is small enough, round by round, then make the last dump, as `incdump.precopy`::
 
@@ -154,6 +156,8 @@ class Session:
         options = options or self.options
         refuse_page_server(options)
         loop = _SessionLoop(self, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes)
+        check_choice("way", way, WAYS)
+        loop.way = way
         return PrecopyRounds(loop, criu, criu_options)
 
     async def _run(
@@ -258,6 +262,6 @@ class _SessionLoop(Loop):
             from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
 
             run = CheckpointRun(*arguments, hot=self._hot, proved=self._proved)
-            return run.with_criu(criu, criu_options, "auto")
+            return run.with_criu(criu, criu_options, self.way)
 
         return await self._session._run(path, _LAST, make)

@@ -255,13 +255,21 @@ def restorable_churn(
     mib: int = 16,
     ops: str = RESTORABLE_OPS,
     dirty_rate: float = 0,
+    under: Sequence[str | os.PathLike[str]] = (),
 ) -> RestorableTarget:
     """A churn target, at rest until told to work.
 
     :param root: see `RestorableTarget`.
     :param dirty_rate: see `build.churn`.
+    :param under: a program, and its arguments, that becomes the target.
     """
-    command = [str(build.build("churn")), f"--seed={seed}", f"--threads={threads}", f"--processes={processes}"]
+    command = [
+        *map(str, under),
+        str(build.build("churn")),
+        f"--seed={seed}",
+        f"--threads={threads}",
+        f"--processes={processes}",
+    ]
     return RestorableTarget([*command, f"--mib={mib}", f"--ops={ops}", f"--dirty-rate={dirty_rate}", "--dir=."], root)
 
 

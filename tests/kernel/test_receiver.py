@@ -235,7 +235,7 @@ async def test_a_hook_is_killed_with_all_of_its_group_when_it_is_cancelled(tmp_p
 
 async def test_a_gate_that_cannot_be_opened_is_shut(tmp_path: Path) -> None:
     """Its script must not wait for ever."""
-    gate = Gate(tmp_path)
+    gate = Gate(tmp_path, tmp_path)
     script = subprocess.Popen([gate.script], env={**os.environ, "CRTOOLS_SCRIPT_ACTION": "post-restore"})
     while not gate.is_reached:
         await anyio.sleep(0.01)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from incdump.criu.gate import Gate
-from incdump.criu.program import find, last_errors
+from incdump.criu.gate import Gate, take_scripts
+from incdump.criu.program import Criu, failure, find, last_errors
 from incdump.errors import CriuError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def program(path: Path, says: str) -> str:
@@ -67,7 +64,7 @@ def run(gate: Gate, action: str) -> int:
 
 @pytest.mark.parametrize("may_pass", [True, False])
 def test_the_gate_holds_until_it_is_opened(tmp_path: Path, may_pass: bool) -> None:
-    gate = Gate(tmp_path)
+    gate = Gate(tmp_path, tmp_path)
     assert run(gate, "pre-dump") == 0
     assert run(gate, "network-lock") == 0
     assert not gate.is_reached
@@ -84,8 +81,48 @@ def test_the_gate_holds_until_it_is_opened(tmp_path: Path, may_pass: bool) -> No
 
 
 def test_a_gate_whose_keeper_is_gone_lets_nobody_through(tmp_path: Path) -> None:
-    Gate(tmp_path).close()
+    Gate(tmp_path, tmp_path).close()
     gate = Gate.__new__(Gate)
     gate.script = tmp_path / "script"
     assert run(gate, "pre-dump") != 0
     assert run(gate, "post-dump") != 0
+
+
+def test_the_users_scripts_run_last_and_find_the_images(tmp_path: Path) -> None:
+    images, place = tmp_path / "images", tmp_path / "gate"
+    images.mkdir()
+    place.mkdir()
+    options, scripts = take_scripts(["--tcp-established", "--action-script", "one", "--action-script=two; three"])
+    assert (options, scripts) == (["--tcp-established"], ["two; three", "one"])
+    seen = images / "seen"
+    note = f'echo "$CRTOOLS_SCRIPT_ACTION $CRTOOLS_IMAGE_DIR $PWD" >> {seen}'
+    gate = Gate(place, images, [note, "test $CRTOOLS_SCRIPT_ACTION != post-dump"])
+    assert run(gate, "pre-dump") == 0
+    gate.open(may_pass=True)
+    assert run(gate, "post-dump") == 1
+    assert seen.read_text() == f"pre-dump {images} {images}\npost-dump {images} {images}\n"
+
+
+def test_what_criu_said_on_stderr_is_quoted_where_it_logged_nothing(tmp_path: Path) -> None:
+    said, log = tmp_path / "stderr", tmp_path / "log"
+    said.write_text("criu: unrecognized option '--magic'\n\nTry again\n")
+    error = failure(Criu("criu", (4, 1)), 1, "on process 7", log, said, pid=7)
+    assert str(error) == "CRIU 4.1 failed (exit status 1) on process 7: criu: unrecognized option '--magic'; Try again"
+
+
+def test_the_log_of_a_criu_that_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    log = tmp_path / "log"
+    log.write_text("Error (criu/x.c:1): no\n")
+    text = str(failure(Criu("criu", (4, 1)), -9, "on process 7", log, tmp_path / "none"))
+    kept = Path(text.rpartition("its log is kept in ")[2])
+    assert text.startswith("CRIU 4.1 was killed by signal 9 on process 7: no; its log is kept in ")
+    assert kept.read_text() == log.read_text()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    kept.unlink()
+
+
+def test_the_environment_names_a_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INCDUMP_CRIU", program(tmp_path / "another", "Version: 4.9"))
+    assert find().version == (4, 9)
+    assert find(program(tmp_path / "criu", "Version: 4.2")).version == (4, 2)

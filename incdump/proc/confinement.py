@@ -1,0 +1,71 @@
+"""What a process is confined by that stands in a checkpoint's way: a frozen cgroup, a seccomp filter.
+
+In a cgroup that is frozen (cgroup v2's cgroup.freeze, v1's freezer) a tracer can seize a process but not have it run
+anything: CRIU would wait for its first injected call for ever, and a CRIU that is killed then leaves a process that
+dies of SIGTRAP when it is thawed. A process under a seccomp filter can only be worked on by a tracer that is under none
+itself (PTRACE_O_SUSPEND_SECCOMP, kernel/ptrace.c).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from incdump.proc.identity import read_proc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from incdump.proc.tree import Task
+
+
+def frozen_cgroup(pid: int) -> str | None:
+    """The directory of the frozen cgroup that a process is in; None: it is in none, or it cannot be seen.
+
+    A cgroup whose ancestor is frozen is frozen, too, and says so itself.
+
+    :raises ProcessLookupError: the process is gone.
+    """
+    memberships = read_proc(f"/proc/{pid}/cgroup").decode(errors="surrogateescape").splitlines()
+    for number, controllers, path in (line.split(":", 2) for line in memberships):
+        if number == "0":
+            place = _mounted("cgroup2", None, path)
+            if place is not None and "frozen 1" in _read(os.path.join(place, "cgroup.events")).splitlines():
+                return place
+        elif "freezer" in controllers.split(","):
+            place = _mounted("cgroup", "freezer", path)
+            if place is not None and _read(os.path.join(place, "freezer.state")).strip() in ("FROZEN", "FREEZING"):
+                return place
+    return None
+
+
+def _mounted(kind: str, controller: str | None, path: str) -> str | None:
+    """Where a cgroup is mounted here; None: nowhere."""
+    for line in read_proc("/proc/self/mountinfo").decode(errors="surrogateescape").splitlines():
+        fields, _, rest = line.partition(" - ")
+        file_system, _, options = rest.split(" ", 2)
+        if file_system != kind or (controller is not None and controller not in options.split(" ")[-1].split(",")):
+            continue
+        root, place = fields.split(" ")[3:5]
+        inner = os.path.relpath(path, root)
+        if inner == ".." or inner.startswith("../"):
+            continue
+        return os.path.normpath(os.path.join(place.encode().decode("unicode_escape"), inner))
+    return None
+
+
+def _read(path: str) -> str:
+    try:
+        return read_proc(path).decode()
+    except OSError:
+        return ""
+
+
+def filtered(tasks: Iterable[Task]) -> int | None:
+    """The first process of some that has a thread under a seccomp filter, or in strict mode; None: there is none."""
+    for task in tasks:
+        for tid in task.threads:
+            status = _read(f"/proc/{task.pid}/task/{tid}/status").splitlines()
+            if any(line.startswith("Seccomp:") and line.split()[1] != "0" for line in status):
+                return task.pid
+    return None
