@@ -46,9 +46,11 @@ __all__ = (
     "IncdumpError",
     "InjectionFailed",
     "InvalidOption",
+    "LazyMemory",
     "LeashUnusable",
     "MigrationError",
     "NoSuchTarget",
+    "NotInImages",
     "OutcomeUnknown",
     "ParentMismatch",
     "ProcMismatch",
@@ -61,6 +63,7 @@ __all__ = (
     "TrackerLost",
     "TrackerUnavailable",
     "UnfinishedImages",
+    "UnsupportedPageSize",
     "XferError",
 )
 
@@ -115,6 +118,10 @@ class InvalidOption(IncdumpError, ValueError):
         return type(self), (self.field, self.value, str(self).rpartition("cannot be used; ")[2])
 
 
+class UnsupportedPageSize(IncdumpError):
+    """This kernel's pages are not of 4 KiB: pagemap would be read in the wrong places. Nothing was touched."""
+
+
 class TargetError(IncdumpError):
     """The target process cannot be dumped."""
 
@@ -127,6 +134,10 @@ class NoSuchTarget(TargetError):
 
 class ProcMismatch(TargetError):
     """/proc is not that of this process's pid namespace: its numbers mean other processes. Nothing was touched."""
+
+
+class LazyMemory(TargetError):
+    """Pages of the target are yet to be supplied by another program (userfaultfd): it cannot be dumped whole."""
 
 
 class TargetExited(TargetError):
@@ -165,6 +176,10 @@ class ImagesIOError(ImagesError):
 
 class ImagesDirInUse(ImagesError):
     """The directory meant for a new dump already holds images."""
+
+
+class NotInImages(ImagesError):
+    """The images dir holds nothing of this process, or of this shared memory segment."""
 
 
 class UnfinishedImages(ImagesError):

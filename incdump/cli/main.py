@@ -21,6 +21,7 @@ import incdump
 from incdump.cli.invocation import Invocation, one_line
 from incdump.cli.signals import Stopped
 from incdump.errors import IncdumpError
+from incdump.proc.identity import check_page_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +97,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str] | None) -> int:
     invocation = Invocation()
     try:
+        check_page_size()
         code = command_line.main(args, prog_name="incdump", standalone_mode=False, obj=invocation)
     except click.ClickException as error:
         return _usage_error(error)

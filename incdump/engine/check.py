@@ -25,6 +25,7 @@ from incdump.model.runs import (
     PAGE_SIZE,
     Runs,
     canonical,
+    empty_runs,
     entry_runs,
     intersect,
     page_addresses,
@@ -34,6 +35,7 @@ from incdump.model.runs import (
     union,
 )
 from incdump.model.vmas import VmaKind
+from incdump.proc.lazy_memory import check_supplied
 from incdump.proc.maps import read_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.pagemap import make_reader
@@ -123,6 +125,7 @@ def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
         if task.state == "Z":
             continue
         tables[task.pid] = read_vmas(task.pid, flags=True)
+        check_supplied(task.pid, tables[task.pid])
         _compare_process(images, task.pid, task.vpid, tables[task.pid], report)
         report.processes += 1
     for segment in find_segments(tables):
@@ -144,7 +147,7 @@ def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
 
 def _compare_process(images: ImagesDir, pid: int, vpid: int, vmas: VmaTable, report: AgainstReport) -> None:
     where = f"process {pid}"
-    held = images.covered(vpid)
+    held = images.covered(vpid) if images.has("pagemap", vpid) else empty_runs()
     with ProcessMemory(pid) as memory:
         mapped = canonical(vmas.spans(~vmas.of_kind(VmaKind.VVAR, VmaKind.VSYSCALL, VmaKind.DEVICE)))
         report.pages_stray += report.note("is in the images only", where, subtract(held, mapped), vmas)

@@ -26,6 +26,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
 from incdump.model.fields import check_count, check_flag, check_seconds, check_type
 from incdump.model.options import TlsFiles
+from incdump.proc.identity import check_page_size
 from incdump.xfer import compression
 from incdump.xfer.block_server import BlockSession
 from incdump.xfer.blocks import OFFER
@@ -268,6 +269,7 @@ class PageServer:
         :raises incdump.errors.XferError: it cannot listen there.
         :raises incdump.errors.ImagesError: the images dir, or the parent, cannot be used.
         """
+        check_page_size()
         self._sessions.prepare()
         await self._listener.__aenter__()
         return self

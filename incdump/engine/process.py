@@ -22,6 +22,7 @@ from incdump.errors import NoSuchTarget, TargetExited
 from incdump.model.regions import PageIs, Window, mark, merge_into
 from incdump.model.runs import PAGE_SIZE, canonical, empty_runs, page_count, union
 from incdump.model.vmas import Prot, VmaFlag, VmaKind
+from incdump.proc.lazy_memory import check_supplied
 from incdump.proc.maps import read_vmas, reread_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.mm_info import anonymous_pages
@@ -238,7 +239,10 @@ class ProcessDump:
             yield Window(window.lo, window.hi, regions)
 
     def _begin(self) -> tuple[VmaTable, NDArray[np.bool_], bool]:
-        """The mappings, which of them are watched, and whether the watch begins only now."""
+        """The mappings, which of them are watched, and whether the watch begins only now.
+
+        :raises LazyMemory: pages of them are yet to come from elsewhere.
+        """
         known = self.ahead.known if self.ahead is not None else None
         vmas = reread_vmas(self.task.pid, known, may_guess=self._watch.finds_out)
         watched, anew = self._watch.begin(vmas)
@@ -246,6 +250,7 @@ class ProcessDump:
             vmas = read_vmas(self.task.pid, flags=True)
             watched, once_more = self._watch.begin(vmas)
             anew |= once_more
+        check_supplied(self.task.pid, vmas)
         return vmas, watched, anew
 
     def _timed(self, windows: Iterator[Window]) -> Iterator[Window]:

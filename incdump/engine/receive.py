@@ -26,6 +26,7 @@ from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
+from incdump.proc.identity import check_page_size
 from incdump.xfer.block_server import hear_terms, tell
 from incdump.xfer.blocks import OFFER
 from incdump.xfer.control import MIGRATE, MOST_MESSAGE, MOST_UNKNOWN, VERSION, Control, TooMuch, encode_message
@@ -94,6 +95,7 @@ class Receiver:
         :raises incdump.errors.XferError: it cannot listen there.
         :raises incdump.errors.ImagesError: the images dir cannot be used.
         """
+        check_page_size()
         if self._options.restore:
             self._criu = await in_thread(find, self._options.criu)
         try:

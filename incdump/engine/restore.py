@@ -26,7 +26,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
-from incdump.proc.identity import Identity, boot_id, is_same, read_stat
+from incdump.proc.identity import Identity, boot_id, check_page_size, is_same, read_stat
 from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ async def restore(
     :raises incdump.errors.ImagesError: the chain is damaged, or holds memory only: nothing was started.
     :raises incdump.errors.CriuError: CRIU is missing or failed; its reason is in the message.
     """
+    check_page_size()
     program = await in_thread(find, criu)
     images = await in_thread(prove, images_dir)
     with tempfile.TemporaryDirectory(prefix="incdump-restore-") as place:

@@ -25,7 +25,7 @@ from incdump.freeze.tracer import TracerThread
 from incdump.freeze.walk import Process, TreeWalk
 from incdump.model.fields import check_choice
 from incdump.model.options import AFTERWARDS
-from incdump.proc.identity import check_own_proc
+from incdump.proc.identity import check_own_proc, check_page_size
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -134,6 +134,7 @@ class Freezer:
     def _freeze(self, pid: int, abandoned: threading.Event) -> Frozen:
         if self._walk.processes:
             raise RuntimeError("this Freezer holds a frozen tree already: thaw it first")
+        check_page_size()
         check_own_proc()
         began = time.monotonic_ns()
         try:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from incdump.errors import BadImage, BrokenChain, UnfinishedImages
+from incdump.errors import BadImage, BrokenChain, NotInImages, UnfinishedImages
 from incdump.images.framing import raise_io_error, read_file
 from incdump.images.inventory import Inventory, decode_inventory
 from incdump.images.new_dir import FINISHED, INVENTORY, PARENT, SIDECAR, unfinished
@@ -194,9 +194,15 @@ class ImagesDir:
         return None if found is None else found.entries
 
     def covered(self, pid: int) -> Runs:
-        """The pages of a process that this directory answers for: present here or promised by the parent."""
+        """The pages of a process that this directory answers for: present here or promised by the parent.
+
+        :raises NotInImages: it holds nothing of the process.
+        :raises BadImage: the pagemap is damaged.
+        """
         found = self.summary("pagemap", pid)
-        return empty_runs() if found is None else found.covered
+        if found is None:
+            raise self._not_here("pagemap", pid)
+        return found.covered
 
     def summary(self, kind: Kind, number: int) -> PagemapSummary | None:
         """The summary of a pagemap image, or None if there is no such pagemap. Nothing of it is kept.
@@ -208,10 +214,11 @@ class ImagesDir:
         return None if data is None else summarise(data, path)
 
     def read(self, pid: int, vaddr: int, length: int) -> bytes:
-        """Read a process's memory as it was; pages that are not in the images read as zeros.
+        """Read a process's memory as it was; pages of it that are not in the images read as zeros.
 
         :param vaddr: any address, bytes.
         :param length: any length, bytes.
+        :raises NotInImages: the directory holds nothing of the process.
         :raises BrokenChain: a page is not where the images promise it.
         :raises BadImage: an image is damaged.
         """
@@ -227,6 +234,7 @@ class ImagesDir:
         :param runs: the pages wanted.
         :param out: shape (bytes,), takes the pages back to back; zeros where a page is absent.
         :returns: the pages that are absent.
+        :raises NotInImages: the directory holds nothing of the process.
         :raises BrokenChain: a page is not where the images promise it.
         :raises BadImage: an image is damaged.
         """
@@ -271,6 +279,8 @@ class ImagesDir:
         absent = empty_runs()
         for depth, level in enumerate(self.levels()):
             found = level.load(kind, number)
+            if not depth and found is None:
+                raise self._not_here(kind, number)
             pieces, missing = cut(wanted, found or _NO_PAGEMAP)
             if depth and len(missing):
                 raise level.lacks(kind, number, int(missing[0, 0]), no_pagemap=found is None)
@@ -282,6 +292,16 @@ class ImagesDir:
                 return absent
             _refuse_orphans(level, kind, number, int(wanted[0, 0]))
         raise AssertionError("a level without a parent was to be the last")
+
+    def _not_here(self, kind: Kind, number: int) -> NotInImages:
+        if kind == "pagemap":
+            what, held, pid = f"process {number}", self.pids(), number
+        else:
+            what, held, pid = f"shared memory {number}", self.shmem_ids(), None
+        others = (
+            f"there are {', '.join(map(str, held[:5]))}{' and others' if len(held) > 5 else ''}" if held else "none"
+        )
+        return NotInImages(f"{self.path} holds nothing of {what} ({others})", path=self.path, pid=pid)
 
     def lacks(self, kind: Kind, number: int, vaddr: int, *, no_pagemap: bool) -> BrokenChain:
         """The error for a page that a child expects here in vain."""

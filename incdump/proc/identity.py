@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from incdump.errors import NoSuchTarget, ProcMismatch, TargetDenied, TargetExited, TargetUnsuitable
+from incdump.errors import NoSuchTarget, ProcMismatch, TargetDenied, TargetExited, TargetUnsuitable, UnsupportedPageSize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_PAGE_SIZE = 4096  # incdump.model.runs has it for those that may import NumPy
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
 PF_EXITING = 0x00000004
@@ -152,6 +153,20 @@ def check_own_proc() -> None:
             "/proc does not show this pid namespace, so a number means one process there and another here: "
             "mount its own (mount -t proc proc /proc; unshare --mount-proc, nsenter -m)",
             path="/proc",
+        )
+
+
+def check_page_size() -> None:
+    """Make sure that this kernel has pages of 4 KiB: images, pagemaps and the page server's protocol are made of these.
+
+    Kernels of aarch64 and powerpc come with 16 and 64 KiB, too.
+
+    :raises UnsupportedPageSize: they are of another size.
+    """
+    size = os.sysconf("SC_PAGE_SIZE")
+    if size != _PAGE_SIZE:
+        raise UnsupportedPageSize(
+            f"this kernel has pages of {size >> 10} KiB, and incdump knows 4 KiB alone: boot a kernel with those"
         )
 
 

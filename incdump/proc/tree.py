@@ -23,6 +23,7 @@ from incdump.proc.identity import (
     PF_KTHREAD,
     Stat,
     check_own_proc,
+    check_page_size,
     is_own_helper,
     leaderless,
     no_such_target,
@@ -112,6 +113,7 @@ def check_target(pid: int) -> Task:
     """
     if pid <= 0:
         raise no_such_target(pid)
+    check_page_size()
     check_own_proc()
     try:
         stat = read_stat(pid)

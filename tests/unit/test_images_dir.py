@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from incdump.errors import BadImage, BrokenChain, ImagesIOError, UnfinishedImages
+from incdump.errors import BadImage, BrokenChain, ImagesIOError, NotInImages, UnfinishedImages
 from incdump.images import images_dir, page_reads
 from incdump.images._pb import pagemap_pb2 as pb
 from incdump.images.framing import Magic, frame
@@ -46,11 +46,21 @@ class TestOneLevel:
         for first, length in ((0, 1), (4095, 2), (100, 8192), (3 * 4096 - 1, 4097), (0, 4 * 4096), (17, 0)):
             assert images.read(PID, BASE + first, length) == whole[first : first + length]
 
-    def test_a_process_that_is_not_in_it_is_all_absent(self, tmp_path: Path) -> None:
+    def test_what_is_not_in_it_is_an_error_never_zeros(self, tmp_path: Path) -> None:
         images = ImagesDir(write_chain(tmp_path, [(0, 3, P)]))
         assert images.pagemap(7) is None
-        assert len(images.covered(7)) == 0
-        assert images.read(7, BASE, 10) == bytes(10)
+        asks = (
+            lambda: images.covered(7),
+            lambda: images.read(7, BASE, 10),
+            lambda: images.read(7, BASE, 0),
+            lambda: images.read_pages(7, runs((0, 1)), np.empty(4096, np.uint8)),
+        )
+        for ask in asks:
+            with pytest.raises(NotInImages, match=f"holds nothing of process 7 .there are {PID}") as raised:
+                ask()
+            assert raised.value.pid == 7
+        with pytest.raises(NotInImages, match="shared memory 7"):
+            images.read_shmem_pages(7, runs((0, 1)), np.empty(4096, np.uint8))
 
     def test_no_runs_are_no_pages(self, tmp_path: Path) -> None:
         images = ImagesDir(write_chain(tmp_path, [(0, 3, P)]))

@@ -12,9 +12,10 @@ import numpy as np
 
 from incdump import kerndat
 from incdump.model.regions import Window
-from incdump.model.runs import PAGE_SHIFT, page_addresses
+from incdump.model.runs import PAGE_SHIFT, canonical, empty_regions, intersect, page_addresses
 from incdump.proc.pagemap.pme import clip_to, regions_of_pmes
 from incdump.proc.pagemap.reader import Spare, address_space_gone, helper, join_near, wanted_spans
+from incdump.proc.pagemap.scan import ScanReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ PIECE = 32 << 20
 _BATCH = 4 * PIECE >> PAGE_SHIFT  # PMEs that go through NumPy at once: 256 KiB of pagemap stay in the L2 cache
 _WORTH_TWO_THREADS = 64 << 10  # bytes of pagemap: what the kernel needs a quarter of a millisecond for
 _PARTS = 8  # in which two threads share the work
+_VAST = 64 << 30  # bytes of address space: 128 MiB of pagemap
+_TABLE = np.uint64((2 << 20) - 1)  # of what one page table maps, the bits below
 _LONG = 8 << 10  # bytes of pagemap in one pread, on average: shorter ones have the threads fight for the GIL
 
 
@@ -122,6 +125,35 @@ def pmes_at(pagemap_fd: int, runs: Runs) -> NDArray[np.uint64]:
     return pmes.take(at)
 
 
+def _populated(pagemap_fd: int, vmas: VmaTable, spans: Runs) -> Runs | None:
+    """Where there may be entries, in whole page tables, of mappings so large that not all can be read.
+
+    8 TiB that are reserved, as databases and sanitizers do, have 16 GiB of pagemap. PAGEMAP_SCAN passes over what was
+    never populated at no price.
+
+    :returns: None: all is to be read, because it is not that much, or because the kernel has no PAGEMAP_SCAN.
+    :raises TargetExited: the address space is gone.
+    """
+    if int((spans[:, 1] - spans[:, 0]).sum()) < _VAST or not kerndat.pagemap_scan().works:
+        return None
+    found = [window.regions[:, :2] for window in ScanReader().windows(pagemap_fd, vmas)]
+    regions = np.concatenate(found) if found else spans[:0]
+    tables = np.stack((regions[:, 0] & ~_TABLE, (regions[:, 1] + _TABLE) & ~_TABLE), axis=1)
+    return intersect(canonical(tables), canonical(spans))
+
+
+def _covering(spans: Runs, windows: Iterator[Window]) -> Iterator[Window]:
+    """The same windows, stretched so that they cover all of the spans."""
+    if not len(spans):
+        return
+    lo, end = int(spans[0, 0]), int(spans[-1, 1])
+    for window in windows:
+        yield Window(lo, window.hi, window.regions)
+        lo = window.hi
+    if lo < end:
+        yield Window(lo, end, empty_regions())
+
+
 class _PmeReader:
     """What the two readers of pagemap entries share: read segments, batch by batch, and translate them."""
 
@@ -150,7 +182,11 @@ class PlainReader(_PmeReader):
 
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
         """See `PagemapReader.windows`."""
-        return self._read(pagemap_fd, pieces(wanted_spans(vmas)), None)
+        spans = wanted_spans(vmas)
+        reached = _populated(pagemap_fd, vmas, spans)
+        if reached is None:
+            return self._read(pagemap_fd, pieces(spans), None)
+        return _covering(spans, self._read(pagemap_fd, pieces(reached), None))
 
 
 class CacheReader(_PmeReader):
@@ -160,5 +196,9 @@ class CacheReader(_PmeReader):
 
     def windows(self, pagemap_fd: int, vmas: VmaTable) -> Iterator[Window]:
         """See `PagemapReader.windows`."""
-        wanted = join_near(wanted_spans(vmas), 0)
-        return self._read(pagemap_fd, pieces(join_near(wanted)), wanted)
+        spans = wanted_spans(vmas)
+        wanted = join_near(spans, 0)
+        reached = _populated(pagemap_fd, vmas, spans)
+        if reached is None:
+            return self._read(pagemap_fd, pieces(join_near(wanted)), wanted)
+        return _covering(spans, self._read(pagemap_fd, pieces(reached), wanted))
