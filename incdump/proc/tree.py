@@ -14,6 +14,7 @@ This module is stdlib only: the small holder process uses it.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,11 @@ from incdump.proc.identity import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+TRACER_PATIENCE = 1.0
+"""Seconds for which another tracer is waited for to leave."""
+_TRACER_POLL = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +132,21 @@ def check_target(pid: int) -> Task:
         raise NoSuchTarget(f"{pid} is a thread of process {tgid}: name the process, {tgid}", pid=pid)
     _check_suitable(pid, stat)
     _check_access(pid)
-    if tracer := _foreign_tracer(pid, status):
+    if tracer := _tracer_that_stays(pid, status):
         raise AlreadyTraced(f"process {pid} is traced by process {tracer}: detach that first", pid=pid)
     return task
+
+
+def _tracer_that_stays(pid: int, status: dict[bytes, bytes]) -> int:
+    """Who traces a process and goes on doing so: a profiler, or strace -p, may come for a moment only; 0 for nobody."""
+    deadline = time.monotonic() + TRACER_PATIENCE
+    while (tracer := _foreign_tracer(pid, status)) and time.monotonic() < deadline:
+        time.sleep(_TRACER_POLL)
+        try:
+            status = _status(pid)
+        except ProcessLookupError as e:
+            raise _missing(pid, e.errno) from None
+    return tracer
 
 
 def _foreign_tracer(pid: int, status: dict[bytes, bytes]) -> int:

@@ -18,7 +18,7 @@ from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsu
 from incdump.proc import tree
 from incdump.proc.identity import identify, is_same, open_pidfd, parse_stat, read_stat
 from incdump.proc.maps import read_vmas
-from incdump.proc.tree import Task, check_target, process_tree
+from incdump.proc.tree import Task, check_target, is_traced, process_tree
 from tests.kernel.victims import victim
 
 pytestmark = pytest.mark.kernel
@@ -232,6 +232,27 @@ def test_incdump_itself_and_whatever_holds_it_are_refused() -> None:
     thread.start()
     thread.join()
     assert len(caught) == 1
+
+
+TRACER = """
+import sys, time
+from incdump._uapi import ptrace
+ptrace.seize(int(sys.argv[1]))
+print(flush=True)
+time.sleep(0.3)
+"""
+
+
+def test_a_tracer_that_comes_for_a_moment_is_waited_for() -> None:
+    """As profilers do."""
+    with victim("tell()") as target:
+        command = [sys.executable, "-c", TRACER, str(target.pid)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as tracer:
+            assert tracer.stdout is not None
+            assert tracer.stdout.readline() == b"\n"
+            assert is_traced(target.pid)
+            assert check_target(target.pid).pid == target.pid
+            assert not is_traced(target.pid)
 
 
 def test_a_traced_process_is_refused() -> None:
