@@ -114,10 +114,18 @@ def no_userfaultfd_is_left() -> Iterator[None]:
     assert _userfaultfds() <= before, "the test leaves a userfaultfd open"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where several processes run tests side by side, the one that starts them keeps the pool of huge pages."""
+    if getattr(config.option, "numprocesses", None):
+        pool = contextlib.ExitStack()
+        pool.enter_context(at_least(2 * HUGE_PAGES))
+        config.add_cleanup(pool.close)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def huge_pages() -> Iterator[None]:
     """A few huge pages for targets that want some, where they can be had; the pool is left as it was found."""
-    with at_least(HUGE_PAGES):
+    with contextlib.nullcontext() if "PYTEST_XDIST_WORKER" in os.environ else at_least(HUGE_PAGES):
         yield
 
 

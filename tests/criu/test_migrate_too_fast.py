@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from tests.criu.criu import RestorableTarget
     from tests.hosts import Host
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(600), pytest.mark.usefixtures("real_criu")]
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.alone,  # links with limits of time
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("real_criu"),
+]
 
 SLOW = PrecopyPolicy(downtime=0.5, timeout=60, on_timeout="throttle")
 RATE = 100_000

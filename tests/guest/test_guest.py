@@ -15,6 +15,7 @@ TRIES = 3
 
 
 @pytest.mark.kernel
+@pytest.mark.alone
 @pytest.mark.timeout(TRIES * SECONDS + 60)
 @pytest.mark.parametrize("part", ["uffd-wp", "soft-dirty", "criu", "postgresql"])
 def test_on_a_kernel_that_has_soft_dirty(part: str) -> None:

@@ -70,6 +70,7 @@ async def test_pages_shared_with_a_process_outside_the_tree_stay_shared(odd: Odd
     assert mapped_once(odd.pid, address, 1000) == 0
 
 
+@pytest.mark.alone
 async def test_a_child_does_not_lose_its_huge_page_to_a_dump_of_its_parent(odd: Odd, images_root: Path) -> None:
     """The pool is empty: a copy for one of them would have to be taken from the other."""
     require_root()

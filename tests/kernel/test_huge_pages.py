@@ -8,6 +8,7 @@ from tests import huge_pages
 from tests.kernel.support import require_root
 
 
+@pytest.mark.alone
 def test_a_run_is_content_with_what_a_killed_one_has_left() -> None:
     require_root()
     before = huge_pages.pool()

@@ -17,7 +17,7 @@ from tests import command
 from tests.kernel.test_receiver import TREE, is_well, message, receiver, said, say
 from tests.strangers import WORDS, Strangers
 
-pytestmark = [pytest.mark.kernel, pytest.mark.asyncio, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.kernel, pytest.mark.alone, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
 LONG_TREE = {**TREE, "files": {f"/usr/lib/{number:05}.so": [0, 0, "0" * 40] for number in range(5000)}}
 

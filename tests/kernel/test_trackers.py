@@ -356,6 +356,7 @@ async def test_aio_rings_are_dumped_whole(odd: Odd, images_root: Path) -> None:
     await chain.prove()
 
 
+@pytest.mark.alone
 async def test_hugetlb_memory_is_dumped_whole(odd: Odd, images_root: Path) -> None:
     require_root()
     with huge_pages.exactly(16):  # others may take some

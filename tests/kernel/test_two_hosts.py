@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.hosts import Host
     from tests.targets.build import Target
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.alone]  # links with limits of time
 
 PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
 MORE = 8 << 20
