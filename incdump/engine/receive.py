@@ -26,7 +26,7 @@ from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
-from incdump.proc.identity import check_page_size
+from incdump.proc.identity import check_own_proc, check_page_size
 from incdump.xfer.block_server import hear_terms, tell
 from incdump.xfer.blocks import OFFER
 from incdump.xfer.control import MIGRATE, MOST_MESSAGE, MOST_UNKNOWN, VERSION, Control, TooMuch, encode_message
@@ -92,11 +92,13 @@ class Receiver:
         """Begin to listen.
 
         :raises incdump.errors.CriuError: there is no CRIU to restore with.
+        :raises incdump.errors.ProcMismatch: /proc is another pid namespace's, and it is to restore.
         :raises incdump.errors.XferError: it cannot listen there.
         :raises incdump.errors.ImagesError: the images dir cannot be used.
         """
         check_page_size()
         if self._options.restore:
+            check_own_proc()
             self._criu = await in_thread(find, self._options.criu)
         try:
             self._path.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
-from incdump.proc.identity import Identity, boot_id, check_page_size, is_same, read_stat
+from incdump.proc.identity import Identity, boot_id, check_own_proc, check_page_size, is_same, read_stat
 from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ async def restore(
     :param criu_options: further options for ``criu restore``.
     :raises incdump.errors.ImagesError: the chain is damaged, or holds memory only: nothing was started.
     :raises incdump.errors.CriuError: CRIU is missing or failed; its reason is in the message.
+    :raises incdump.errors.ProcMismatch: /proc is another pid namespace's: nothing was started.
     """
+    check_own_proc()  # CRIU goes by its numbers, too
     check_page_size()
     program = await in_thread(find, criu)
     images = await in_thread(prove, images_dir)
@@ -117,7 +119,9 @@ class HeldRestore:
         """Restore all but the running.
 
         :raises incdump.errors.CriuError: CRIU failed. Nothing is left of the tree.
+        :raises incdump.errors.ProcMismatch: /proc is another pid namespace's: nothing was started.
         """
+        check_own_proc()  # `_end_remains` sends signals by numbers that were read there
         # Among the images, from where programs can be executed if they can be at all.
         self._place = tempfile.TemporaryDirectory(prefix="criu-restore-", dir=self._images)
         options, scripts = take_scripts(self._options)

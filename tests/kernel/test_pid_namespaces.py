@@ -58,6 +58,8 @@ COMMANDS = {
     "dump": ("dump", "-t", "PID", "-D", "DIR", "--kill"),
     "checkpoint": ("checkpoint", "-t", "PID", "-D", "DIR"),
     "precopy": ("precopy", "-t", "PID", "-D", "DIR"),
+    "restore": ("restore", "-D", "DIR"),
+    "receive": ("receive", "-D", "DIR", "--listen", "127.0.0.1:0", "--restore"),
     "untrack": ("untrack", "PID"),
     "untrack all": ("untrack", "--all"),
 }
