@@ -19,6 +19,7 @@ from incdump.engine.segments import MappedSegment, OpenedSegment
 from incdump.engine.threads import in_thread
 from incdump.errors import ParentMismatch
 from incdump.freeze.seize import Freezer
+from incdump.holder.client import keep_holder_out_of_trees
 from incdump.images.chain import ChainReport, check_chain
 from incdump.images.images_dir import ImagesDir
 from incdump.model.runs import (
@@ -110,6 +111,7 @@ async def check_against(images_dir: str | os.PathLike[str], pid: int, *, freeze_
     images = ImagesDir(images_dir)
     await in_thread(check_chain, images)
     root = await in_thread(check_target, pid)
+    await in_thread(keep_holder_out_of_trees)
     if images.pagemap(root.vpid) is None:
         held = ", ".join(map(str, images.pids()[:5])) or "none"
         raise ParentMismatch(f"{images.path} holds no process {root.vpid} (but {held})", pid=pid, path=images.path)

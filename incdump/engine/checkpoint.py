@@ -46,7 +46,7 @@ from incdump.engine.tasks import done_before
 from incdump.engine.threads import in_thread
 from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, TargetUnsuitable, XferError
 from incdump.freeze.seize import Frozen, FrozenTask
-from incdump.holder.client import HolderKeeper
+from incdump.holder.client import HolderKeeper, end_holder_within
 from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
@@ -241,7 +241,7 @@ class CheckpointRun(DumpRun):
 
     def _end_adopted_holder(self) -> None:
         """CRIU would stop a holder that the tree has adopted, and dump it."""
-        if isinstance(self._keeper, HolderKeeper) and self._keeper.end_holder_within(self._pid):
+        if end_holder_within(self._pid):
             self._warn(
                 "the holder ended, as it had become part of the tree: what it tracked is dumped whole the next time; "
                 "start incdump from outside of the tree's namespaces, or use a Session"

@@ -37,7 +37,7 @@ from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import TargetExited, TrackerLost
 from incdump.freeze.seize import Freezer
-from incdump.holder.client import HolderKeeper
+from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees
 from incdump.holder.wire import runtime_dir
 from incdump.images.images_dir import ImagesDir
 from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
@@ -172,6 +172,7 @@ class DumpRun:
         began = time.monotonic_ns()
         self._tell("checking")
         self._root = await in_thread(check_target, self._pid)
+        await in_thread(keep_holder_out_of_trees)
         self._tracker, self._reason = await in_thread(choose, self._options.tracker)
         self._reader = await in_thread(make_reader, self._options.pagemap)
         self._boot_id = boot_id()

@@ -14,6 +14,7 @@ import fcntl
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -40,6 +41,7 @@ ANSWER_TIMEOUT = 15.0
 _FORGOTTEN_AT_ONCE = 4000
 
 _END_TIMEOUT = 2.0
+_CONNECT_TIMEOUT = 2
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -124,7 +126,10 @@ def connect() -> socket.socket | None:
     if not os.path.exists(wire.socket_path()):
         return None
     directory = wire.runtime_dir()
-    lock = wire.lock_socket(directory)  # lest it ends right now
+    try:
+        lock = wire.lock_socket(directory)  # lest it ends right now
+    except OSError as error:
+        raise _unusable(error) from error
     try:
         sock = _connect()
         if sock is None:
@@ -132,6 +137,75 @@ def connect() -> socket.socket | None:
         return sock
     finally:
         os.close(lock)
+
+
+def _unusable(error: OSError) -> errors.HolderError:
+    """What to say of a runtime directory that cannot be used, or whose lock somebody keeps."""
+    if isinstance(error, TimeoutError):
+        said = f"{error.filename} is kept locked by another incdump: wait for that, or end it if it is stopped"
+    else:
+        place = error.filename or "its directory"
+        said = f"cannot use the holder in {place}: {error.strerror}; set INCDUMP_RUNTIME_DIR to a directory of your own"
+    return errors.HolderError(said, errno=error.errno, path=error.filename)
+
+
+def _holder_pid() -> int | None:
+    """The process that listens as this user's holder, or None: the kernel tells, it is asked nothing itself.
+
+    :raises incdump.errors.HolderError: it is not known whether there is one: so many wait for it.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+        # A socket that does not block (settimeout) would not wait for a place in the queue.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _CONNECT_TIMEOUT, 0))
+        try:
+            sock.connect(wire.socket_path())
+            return wire.peer(sock)[0]
+        except BlockingIOError as error:
+            raise errors.HolderError("the holder lets nobody connect; is it stopped?", errno=error.errno) from error
+        except OSError:
+            return None
+
+
+def keep_holder_out_of_trees() -> None:
+    """Recognize the running holder, if there is one, before a tree is listed that may have adopted it.
+
+    :raises incdump.errors.HolderError: it is not known whether there is one.
+    """
+    if (holder := _holder_pid()) is not None:
+        keep_out_of_trees(holder)
+
+
+def end_holder_within(root: int) -> bool:
+    """Have the holder end if process `root` has adopted it; what was borrowed from it stays borrowed.
+
+    CRIU dumps every process of a tree: the holder would stop with it, and be in the images.
+
+    :returns: whether it ended; its tracking is lost but for what is lent.
+    :raises incdump.errors.HolderError: it has to end, and does not.
+    """
+    holder = _holder_pid()
+    if holder is None or not descends_from(holder, root):
+        return False
+    sock = connect()
+    if sock is None:
+        return True
+    with sock:
+        holder, _ = wire.peer(sock)
+        pidfd = open_pidfd(holder)
+        try:
+            ask(sock, {"do": "end"}, holder)
+            if not _wait_ended(pidfd):
+                raise errors.HolderError(f"the holder, process {holder}, does not end: kill it first", pid=holder)
+        finally:
+            os.close(pidfd)
+    return True
+
+
+def _wait_ended(pidfd: int) -> bool:
+    """Wait `_END_TIMEOUT` for the end of a process; not by select(2), which takes no descriptor above 1023."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(_END_TIMEOUT * 1000))
 
 
 def _connect() -> socket.socket | None:
@@ -173,12 +247,7 @@ def connect_or_start() -> socket.socket:
         finally:
             os.close(lock)
     except OSError as error:
-        raise errors.HolderError(
-            f"cannot use the holder in {error.filename or 'its directory'}: {error.strerror}; "
-            "set INCDUMP_RUNTIME_DIR to a directory of your own",
-            errno=error.errno,
-            path=error.filename,
-        ) from error
+        raise _unusable(error) from error
     if sock is None:
         raise errors.HolderError("the holder process ended right after its start; run `incdump doctor`")
     return sock
@@ -272,26 +341,6 @@ class HolderKeeper:
         question = {"do": "commit", "pid": lease.pid, "start_time": lease.start_time, "generation": generation}
         with contextlib.suppress(errors.HolderError):
             ask(self._sock, question, lease.pid)
-
-    def end_holder_within(self, root: int) -> bool:
-        """Have the holder end if process `root` has adopted it; what was borrowed from it stays borrowed.
-
-        CRIU dumps every process of a tree: the holder would stop with it, and be in the images.
-
-        :returns: whether it ended; its tracking is lost but for the leases of this keeper.
-        """
-        if self._sock is None:
-            return False
-        holder, _ = wire.peer(self._sock)
-        if not descends_from(holder, root):
-            return False
-        pidfd = open_pidfd(holder)
-        try:
-            ask(self._sock, {"do": "end"}, holder)
-            select.select([pidfd], [], [], _END_TIMEOUT)
-        finally:
-            os.close(pidfd)
-        return True
 
     def close(self) -> None:
         """See `Keeper.close`: the connection's end is what tells the holder."""
@@ -426,7 +475,7 @@ def forget(pids: list[int] | None) -> list[int]:
                 forgotten += answer["forgotten"]
             sock.close()  # the holder waits for that
             if answer["ends"]:
-                select.select([pidfd], [], [], _END_TIMEOUT)
+                _wait_ended(pidfd)
         finally:
             os.close(pidfd)
     return forgotten

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import incdump
 from incdump.errors import HolderError, TargetExited
 from incdump.holder import wire
-from incdump.holder.client import HolderKeeper, ask, connect
+from incdump.holder.client import HolderKeeper, ask, connect, end_holder_within
 from incdump.proc.identity import Identity, check_own_proc, identify, open_identified, pid_of, signal_same
 from tests.kernel.support import (
     Odd,
@@ -329,8 +330,8 @@ async def test_a_holder_that_criu_would_stop_ends_before_and_the_leases_stay(
     keeper = HolderKeeper()
     lease = keeper.acquire(odd.pid, identify(odd.pid).start_time)
     try:
-        assert not keeper.end_holder_within(odd.pid)
-        assert keeper.end_holder_within(adopter.pid)
+        assert not end_holder_within(odd.pid)
+        assert end_holder_within(adopter.pid)
         assert connect() is None
         assert watched_vmas(odd.pid)
     finally:
@@ -360,3 +361,60 @@ async def test_a_holder_that_the_target_has_adopted_is_no_part_of_its_tree(
         assert first.pids == last.pids == [adopter.pid]
         assert sorted(tracked_pids()) == sorted((other.pid, adopter.pid))
         await incdump.untrack(None)
+
+
+@pytest.mark.asyncio
+async def test_whoever_has_not_used_the_holder_yet_recognizes_one_that_the_target_has_adopted(
+    adopter: subprocess.Popen[str], images_root: Path
+) -> None:
+    """Each is a process of its own, which has never talked to that holder before it lists the tree."""
+    require_tracker("uffd-wp")
+    session = "import asyncio, incdump, sys\nasync def main():\n async with incdump.Session(int(sys.argv[1])) as s:\n"
+    session += "  print(incdump.__name__, list((await s.predump(sys.argv[2])).pids))\nasyncio.run(main())"
+    with Odd() as other:
+        if holder_pid() is not None:
+            kill_holder()
+        command = (sys.executable, "-m", "incdump", "predump", "-t", other.pid, "-D", images_root / "other")
+        assert run_in(adopter, *command).startswith("0"), "the holder starts there"
+        for number, words in enumerate((
+            ("-m", "incdump", "predump", "-t", str(adopter.pid), "-D"),
+            ("-m", "incdump", "predump", "--tracker", "content", "-t", str(adopter.pid), "-D"),
+            ("-m", "incdump", "dump", "--leave-stopped", "-t", str(adopter.pid), "-D"),
+            ("-c", session, str(adopter.pid)),
+        )):  # fmt: skip
+            images = images_root / str(number)
+            subprocess.run([sys.executable, *words, images], check=True, timeout=60)
+            os.kill(adopter.pid, signal.SIGCONT)
+            assert [path.name for path in images.glob("pagemap-[0-9]*.img")] == [f"pagemap-{adopter.pid}.img"]
+        await incdump.untrack(None)
+
+
+def test_a_lock_that_somebody_keeps_is_named(images_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = images_root / "run"
+    place.mkdir(0o700)
+    monkeypatch.setenv("INCDUMP_RUNTIME_DIR", str(place))
+    monkeypatch.setattr(wire, "LOCK_TIMEOUT", 0.1)
+    Path(wire.socket_path()).touch()
+    lock = wire.lock_socket(str(place))
+    try:
+        with pytest.raises(HolderError, match=r"holder-\d+\.lock is kept locked by another incdump"):
+            connect()
+    finally:
+        os.close(lock)
+
+
+@pytest.mark.asyncio
+async def test_the_end_of_the_holder_is_waited_for_by_who_has_a_thousand_descriptors(
+    odd: Odd, images_root: Path
+) -> None:
+    require_tracker("uffd-wp")
+    await incdump.predump(odd.pid, images_root / "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1024)]
+    try:
+        assert await incdump.untrack(None) == [odd.pid]
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
