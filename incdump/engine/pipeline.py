@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import anyio
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from incdump.model.regions import Window
     from incdump.model.stats import DumpStats
     from incdump.page_pipe import Chunk
+
+T = TypeVar("T")
 
 WINDOWS_AHEAD = 2
 """Windows read while one is classified."""
@@ -131,7 +133,7 @@ class Pipeline:
             source = _all_windows(owners)
             while items := await in_thread(_draw, source, limiter=self._reading, break_off=self._break_off):
                 for item in items:
-                    await out.send(item)
+                    await _hand_over(out, item)
             self.under_way.set()
 
     async def _classify_windows(
@@ -151,8 +153,8 @@ class Pipeline:
                     self._stats.page_pipe_bufs += len(chunk.runs)
                     try:
                         out.send_nowait((owner, chunk))
-                    except anyio.WouldBlock:
-                        await out.send((owner, chunk))  # a turn of the loop each: not for every one
+                    except (anyio.WouldBlock, anyio.BrokenResourceError):
+                        await _hand_over(out, (owner, chunk))  # a turn of the loop each: not for every one
 
     async def _write_chunks(
         self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]
@@ -171,6 +173,15 @@ class Pipeline:
         share = chunks.statistics().current_buffer_used // self._writers
         for _ in range(min(share, CHUNKS_AT_ONCE - 1)):
             yield chunks.receive_nowait()
+
+
+async def _hand_over(out: MemoryObjectSendStream[T], item: T) -> None:
+    """Send to the next stage. If that is gone it has failed, or was cancelled a moment before this one: what it raised
+    is to be told, not that nobody takes this item."""
+    try:
+        await out.send(item)
+    except anyio.BrokenResourceError:
+        await anyio.sleep_forever()  # until this stage is cancelled as well
 
 
 def _all_windows(owners: Iterable[PageOwner]) -> Iterator[tuple[PageOwner, Window]]:

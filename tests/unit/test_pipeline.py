@@ -476,3 +476,28 @@ async def test_the_times_of_a_run_that_failed_are_counted_too() -> None:
         await graph(2, stats).run([Owner(trace, one_page_windows(3))])
     assert stats.memdump_time > 0
     assert stats.memwrite_time == 0
+
+
+@pytest.mark.asyncio
+async def test_a_stage_whose_next_one_is_cancelled_first_tells_of_the_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It finds nobody who takes its chunks: that is no error of its own."""
+    gone = asyncio.Event()
+
+    async def leave(self: Pipeline, chunks: AsyncIterator[object], buffer: object) -> None:
+        chunks.close()  # type: ignore[attr-defined]
+        gone.set()
+        await anyio.sleep_forever()
+
+    monkeypatch.setattr(Pipeline, "_write_chunks", leave)
+    trace = Trace()
+    task = asyncio.ensure_future(graph().run([Owner(trace, one_page_windows(8))]))
+    await asyncio.wait_for(gone.wait(), WAIT)
+    while "classify" not in trace.steps:
+        await asyncio.sleep(0.001)
+    await settle()
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(task, WAIT)
