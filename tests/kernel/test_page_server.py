@@ -167,8 +167,8 @@ def test_the_first_session_stands_on_the_parent_images_that_were_named(images_ro
 def test_clients_are_served_one_after_the_other(images_root: Path) -> None:
     with serving("-D", images_root) as (server, port):
         with PageClient.connect(port) as first, PageClient.connect(port) as second:
+            first.open(process(PID))  # before the other says a word: who is heard first is served first
             second.say(4, dst_id=process(PID))
-            first.open(process(PID))
             first.pages(BASE, noise(1))
             assert first.end() == bytes(4)
             assert session(server)["images_dir"] == str(images_root / "1")
