@@ -103,7 +103,7 @@ json_option = click.option(
     "--json", is_flag=True, expose_value=False, callback=_set("json"), help="Print one JSON object instead of text."
 )
 criu_option = click.option(
-    "--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: where it is installed]"
+    "--criu", metavar="PATH", help="CRIU's program, 4.1 or later.  [default: $INCDUMP_CRIU, else where it is installed]"
 )
 way_option = click.option(
     "--way",

@@ -28,8 +28,9 @@ SECCOMP_REFUSED = "suspending seccomp failed"
 """What CRIU says where it is itself under a filter (compel's infect.c)."""
 UMASK = 0o077
 """Of a CRIU that dumps: its images hold registers and memory."""
-# What CRIU cannot do without a capability, and does without; and what follows from any other error.
-_SAY_NOTHING = ("rlimit: Can't setup", "Unable to detach", "Dumping FAILED", "Restoring FAILED", "Killing processes")
+# What CRIU cannot do, and does without: no reason for anything. And what follows from any other error.
+_HARMLESS = ("rlimit: Can't setup", "cgroupns not supported")
+_FOLLOWS = ("Unable to detach", "Dumping FAILED", "Restoring FAILED", "Killing processes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +131,22 @@ def _why(log: Path, stderr: Path) -> str:
 
 
 def last_errors(log: Path) -> str:
-    """The last lines that CRIU logged as errors, as one line for a person; empty if there are none.
+    """The lines that CRIU logged as errors and that tell, as one line for a person; empty if there are none.
 
     The first ones say most: those after them only that something failed further down.
     """
+    errors = _errors(log)
+    telling = [error for error in errors if not error.startswith(_FOLLOWS)]
+    return "; ".join((telling or errors)[:_QUOTED])
+
+
+def _errors(log: Path) -> list[str]:
+    """What CRIU logged as errors, each once, but for what is none."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
-        return ""
+        return []
     errors = [
         re.sub(r"^(\([^)]*\)\s*)?(\d+:\s*)?Error \([^)]*\): *", "", line).strip() for line in lines if "Error (" in line
     ]
-    telling = [error for error in errors if not error.startswith(_SAY_NOTHING)]
-    return "; ".join(list(dict.fromkeys(telling or errors))[:_QUOTED])
+    return [error for error in dict.fromkeys(errors) if error and not error.startswith(_HARMLESS)]

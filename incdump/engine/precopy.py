@@ -128,8 +128,6 @@ async def precopy(
     )
     check_choice("way", way, WAYS)
     run.way = way
-    if run.ends_in_checkpoint:
-        await in_thread(find, criu)  # before the rounds, not after them
     return await run.run(criu, criu_options)
 
 
@@ -204,7 +202,12 @@ class Loop:
     async def rounds(
         self, criu: str | None, criu_options: Sequence[str]
     ) -> AsyncGenerator[tuple[PrecopyRound, Decision], None]:
-        """Each round, and what was decided after it; then the last dump is made."""
+        """Each round, and what was decided after it; then the last dump is made.
+
+        :raises incdump.errors.CriuError: the last dump wants CRIU, and there is none: no round is made.
+        """
+        if self.ends_in_checkpoint:
+            await in_thread(find, criu)
         self._began = time.monotonic()
         decision = None
         while decision is None or decision.verdict not in ("stop", "cancel"):

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.criu.criu import criu_path
 from tests.criu.pycriu import Pycriu, PycriuMissingError, find_pycriu
 from tests.criu.services import criu_for_sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A place of the test's own for temporary files, gone with it: logs of a CRIU that fails are kept there."""
+    with tempfile.TemporaryDirectory(prefix="incdump-tmp-", ignore_cleanup_errors=True) as name:
+        os.chmod(name, 0o1777)  # as /tmp is: programs of other users are started, too
+        monkeypatch.setenv("TMPDIR", name)
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield
 
 
 @pytest.fixture

@@ -612,6 +612,21 @@ async def test_a_target_is_not_slowed_down_between_two_rounds(
 
 
 @pytest.mark.asyncio
+async def test_a_session_looks_for_criu_before_its_rounds(rewriter: Callable[..., Target], images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    target = rewriter(mib=1)
+    async with incdump.Session(target.pid) as session:
+        rounds = session.precopy(
+            images_root / "1", policy=PrecopyPolicy(final="checkpoint"), criu=str(images_root / "none")
+        )
+        with pytest.raises(incdump.CriuError, match="there is no program"):
+            await follow(rounds)
+        assert rounds.result.rounds == session.rounds == []
+        assert not (images_root / "1").exists()
+    assert_untouched(target)
+
+
+@pytest.mark.asyncio
 async def test_a_session_that_cannot_make_rounds(rewriter: Callable[..., Target], images_root: Path) -> None:
     require_tracker("uffd-wp")
     target = rewriter(mib=1)

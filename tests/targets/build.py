@@ -49,9 +49,12 @@ class BadTargetError(AssertionError):
     """A target found its own memory, or something else of its own, changed."""
 
 
+_BASE = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
+"""Asked for once: a test may have a place of its own for temporary files."""
+
+
 def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or tempfile.gettempdir()
-    path = Path(base) / f"incdump-test-targets-{os.getuid()}"
+    path = Path(_BASE) / f"incdump-test-targets-{os.getuid()}"
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.stat().st_uid != os.getuid():
         raise PermissionError(f"{path} belongs to somebody else")

@@ -14,6 +14,14 @@ from incdump.criu.program import Criu, failure, find, last_errors
 from incdump.errors import CriuError
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where logs are kept, of the test's own."""
+    place = tmp_path_factory.mktemp("kept")
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    return place
+
+
 def program(path: Path, says: str) -> str:
     path.write_text(f"#!/bin/sh\necho '{says}'\n")
     path.chmod(0o700)
@@ -56,6 +64,16 @@ def test_the_errors_that_say_most_are_quoted(tmp_path: Path) -> None:
     log.write_text("Error (criu/cr-dump.c:2111): Dumping FAILED.\n")
     assert last_errors(log) == "Dumping FAILED."
     assert last_errors(tmp_path / "none") == ""
+
+
+def test_what_criu_does_without_is_no_reason(tmp_path: Path) -> None:
+    log, said = tmp_path / "log", tmp_path / "stderr"
+    log.write_text("(00.02) Error (criu/util.c:1533): rlimit: Can't setup RLIMIT_NOFILE for self: Not permitted\n")
+    assert last_errors(log) == ""
+    said.write_text("Out of memory\n")
+    assert ": Out of memory;" in str(failure(Criu("criu", (4, 1)), -11, "on process 7", log, said))
+    said.write_text("")
+    assert ", and logged no reason;" in str(failure(Criu("criu", (4, 1)), -11, "on process 7", log, said))
 
 
 def run(gate: Gate, action: str) -> int:
@@ -110,16 +128,15 @@ def test_what_criu_said_on_stderr_is_quoted_where_it_logged_nothing(tmp_path: Pa
     assert str(error) == "CRIU 4.1 failed (exit status 1) on process 7: criu: unrecognized option '--magic'; Try again"
 
 
-def test_the_log_of_a_criu_that_failed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_the_log_of_a_criu_that_failed_is_kept(tmp_path: Path, temporary: Path) -> None:
     log = tmp_path / "log"
     log.write_text("Error (criu/x.c:1): no\n")
     text = str(failure(Criu("criu", (4, 1)), -9, "on process 7", log, tmp_path / "none"))
     kept = Path(text.rpartition("its log is kept in ")[2])
     assert text.startswith("CRIU 4.1 was killed by signal 9 on process 7: no; its log is kept in ")
     assert kept.read_text() == log.read_text()
+    assert kept.parent == temporary
     assert kept.stat().st_mode & 0o777 == 0o600
-    kept.unlink()
 
 
 def test_the_environment_names_a_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
