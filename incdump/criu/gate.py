@@ -39,23 +39,6 @@ export CRTOOLS_IMAGE_DIR={images}
 """
 
 
-def take_scripts(options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide options for CRIU.
-
-    :returns: the options but for action scripts; and these, in the order in which CRIU runs them: the last one first.
-    """
-    left: list[str] = []
-    scripts: list[str] = []
-    words = iter(options)
-    for word in words:
-        name, given, value = word.partition("=")
-        if name == "--action-script":
-            scripts.append(value if given else next(words, ""))
-        else:
-            left.append(word)
-    return left, scripts[::-1]
-
-
 class Gate:
     """A gate, closed. Close the object when CRIU has ended.
 

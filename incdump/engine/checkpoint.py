@@ -36,9 +36,10 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from incdump.criu.gate import Gate, take_scripts
+from incdump.criu.gate import Gate
 from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu, uses_short_smaps
+from incdump.criu.options import FREEZE_CGROUP, is_given, refuse_scripts_in_files, take_scripts
 from incdump.criu.program import SECCOMP_REFUSED, failure, find, last_errors
 from incdump.engine.dump import DumpRun
 from incdump.engine.sent_image import Sending
@@ -170,6 +171,7 @@ class CheckpointRun(DumpRun):
         """Do it; see `checkpoint`."""
         check_choice("way", way, WAYS)
         self._criu: Criu = await in_thread(find, criu)
+        await in_thread(refuse_scripts_in_files, criu_options)
         self._criu_options = criu_options
         self._way = way
         result = await self.run()
@@ -218,7 +220,7 @@ class CheckpointRun(DumpRun):
 
     def _refuse_frozen(self) -> None:
         """:raises TargetUnsuitable: the tree is in a frozen cgroup, where CRIU would wait for ever."""
-        if any(option.split("=")[0] == "--freeze-cgroup" for option in self._criu_options):
+        if is_given(self._criu_options, FREEZE_CGROUP):
             return
         for task in process_tree(self._pid):
             with suppress(ProcessLookupError):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from incdump.criu.options import refuse_scripts_in_files
 from incdump.criu.program import find
 from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
@@ -204,10 +205,12 @@ class Loop:
     ) -> AsyncGenerator[tuple[PrecopyRound, Decision], None]:
         """Each round, and what was decided after it; then the last dump is made.
 
-        :raises incdump.errors.CriuError: the last dump wants CRIU, and there is none: no round is made.
+        :raises incdump.errors.CriuError: the last dump wants CRIU, and there is none, or it would run an action script
+            too early: no round is made.
         """
         if self.ends_in_checkpoint:
             await in_thread(find, criu)
+            await in_thread(refuse_scripts_in_files, criu_options)
         self._began = time.monotonic()
         decision = None
         while decision is None or decision.verdict not in ("stop", "cancel"):

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import aiofiles
 import anyio
 
-from incdump.criu.gate import Gate, take_scripts
+from incdump.criu.gate import Gate
+from incdump.criu.options import take_scripts
 from incdump.criu.program import failure, find
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError

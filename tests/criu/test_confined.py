@@ -204,6 +204,27 @@ def test_the_users_script_finds_a_complete_images_dir(images_root: Path) -> None
 
 
 @in_own_namespaces
+def test_a_users_script_is_found_however_it_is_given(images_root: Path) -> None:
+    """Shortened, as CRIU takes it; in a configuration file it would see images without memory, and is refused."""
+    script, config = images_root / "copy", images_root / "config"
+    script.write_text(
+        '#!/bin/sh\n[ "$CRTOOLS_SCRIPT_ACTION" = post-dump ] || exit 0\n'
+        f'cp -a "$CRTOOLS_IMAGE_DIR" {images_root}/copied\n'
+    )
+    script.chmod(0o700)
+    config.write_text(f"# of ours\naction-script {script}\n")
+    with restorable_churn(images_root, seed=48, ops=PRIVATE_OPS) as target:
+        with pytest.raises(incdump.CriuError, match=f"{config} has an action script"):
+            checkpoint(target, images_root / "0", criu_options=("--config", str(config)))
+        assert is_untouched(target.pid)
+        assert not (images_root / "copied").exists()
+        checkpoint(target, images_root / "1", criu_options=(f"--ac={script}",))
+        incdump.check(images_root / "copied")
+        revive(target, images_root / "copied")
+        target.quit()
+
+
+@in_own_namespaces
 def test_what_criu_refuses_is_quoted_and_its_log_is_kept(images_root: Path) -> None:
     with restorable_churn(images_root, seed=47, ops=PRIVATE_OPS) as target:
         with pytest.raises(incdump.CriuError, match=r"unrecognized option.*--magic"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from incdump.criu.gate import Gate, take_scripts
+from incdump.criu.gate import Gate
+from incdump.criu.options import take_scripts
 from incdump.criu.program import Criu, failure, find, last_errors
 from incdump.errors import CriuError
 
