@@ -81,6 +81,7 @@ class Arch:
     sys_ioctl: int
     sys_ptrace: int
     sys_futex: int
+    sys_tgkill: int
     sys_clock_nanosleep: int
     sys_restart_syscall: int
     sys_process_vm_readv: int
@@ -200,6 +201,7 @@ _X86_64 = Arch(
     sys_ioctl=16,
     sys_ptrace=101,
     sys_futex=202,
+    sys_tgkill=234,
     sys_clock_nanosleep=230,
     sys_restart_syscall=219,
     sys_process_vm_readv=310,
@@ -246,6 +248,7 @@ _AARCH64 = Arch(
     sys_ioctl=29,
     sys_ptrace=117,
     sys_futex=98,
+    sys_tgkill=131,
     sys_clock_nanosleep=115,
     sys_restart_syscall=128,
     sys_process_vm_readv=270,

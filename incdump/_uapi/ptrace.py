@@ -33,6 +33,7 @@ _GETREGSET = 0x4204
 _SETREGSET = 0x4205
 _SEIZE = 0x4206
 _INTERRUPT = 0x4207
+_PEEKSIGINFO = 0x4209
 _GETSIGMASK = 0x420A
 _SETSIGMASK = 0x420B
 _GET_RSEQ_CONFIGURATION = 0x420F
@@ -72,6 +73,10 @@ class RseqConfiguration(ctypes.Structure):
         ("flags", ctypes.c_uint32),
         ("pad", ctypes.c_uint32),
     )
+
+
+class _PeekSigInfoArgs(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("flags", ctypes.c_uint32), ("count", ctypes.c_int32))
 
 
 class _Iovec(ctypes.Structure):
@@ -134,6 +139,15 @@ def detach(tid: int, signal: int = 0) -> None:
     _ptrace(_DETACH, tid, 0, signal)
 
 
+def tgkill(pid: int, tid: int, signal: int) -> None:
+    """Send a signal to one thread.
+
+    :raises ProcessLookupError: it is gone.
+    """
+    if _syscall(ARCH.sys_tgkill, pid, tid, signal, 0) < 0:
+        raise_errno()
+
+
 def setoptions(tid: int, options: int) -> None:
     """Set PTRACE_O_* options.
 
@@ -162,6 +176,13 @@ def take_notification(tid: int) -> None:
     would be gone if this process died now; else the kernel passes it on then.
     """
     _waitid(_P_PID, tid, None, _WSTOPPED | _WNOHANG | _WALL)
+
+
+def has_pending(tid: int) -> bool:
+    """Whether a signal is pending for a stopped thread alone, blocked or not; those for its process do not count."""
+    info = SigInfo()
+    arguments = _PeekSigInfoArgs(0, 0, 1)
+    return _ptrace(_PEEKSIGINFO, tid, ctypes.addressof(arguments), ctypes.addressof(info)) > 0
 
 
 def getregset(tid: int, registers: Registers) -> int:

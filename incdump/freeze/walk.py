@@ -12,7 +12,8 @@ The steps, all in the one thread that traces:
 A thread in vfork(2) cannot stop before its child execs or exits. It counts as stopped once that child, with
 which it shares its memory, is.
 
-What is held up by the stop (a signal on its way) is passed on when the thread is let go.
+A signal that the stop holds up, on its way to a handler, takes effect before the thread counts as stopped
+(`incdump.freeze.pending`); what is held up when a freeze is given up is passed on when the thread is let go.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.attach import interrupt, is_ours, seize
 from incdump.freeze.choice import has_exited, is_gone, read_thread_stat
 from incdump.freeze.interrupted import Call, fail_after_all, has_handler, look, spare_eintr
+from incdump.freeze.pending import MOST_DELIVERIES, comes_before_stop, send_stop, take_next
 from incdump.freeze.stops import (
     SLOW,
     Backoff,
@@ -70,6 +72,7 @@ class Thread:
     :ivar is_stopped: it was seen in a ptrace-stop.
     :ivar in_vfork: it waits for its vfork child and cannot stop.
     :ivar held: signal to pass on.
+    :ivar deliveries: signals that took effect while it was being stopped.
     :ivar seen_in: the call that it slept in before.
     :ivar is_spared: a wait of it that the stop made fail goes on afterwards.
     """
@@ -80,6 +83,7 @@ class Thread:
     in_vfork: bool = False
     in_group_stop: bool = False
     held: int = 0
+    deliveries: int = 0
     seen_in: Call | None = None
     is_spared: bool = False
 
@@ -224,7 +228,7 @@ class TreeWalk:
     def _await_stops(self, pending: list[Thread]) -> None:
         """Wait until each thread is stopped, is found to be gone, or to be in vfork."""
         backoff = Backoff()
-        while pending := [thread for thread in pending if not self._see(thread)]:
+        while pending := [thread for thread in pending if not self._see(thread) or self._takes_signal(thread)]:
             self._check_patience(pending)
             if backoff.pause() > SLOW:
                 pending = [thread for thread in pending if self._is_to_come(thread)]
@@ -241,6 +245,23 @@ class TreeWalk:
         thread.in_vfork = False
         thread.held = held_signal(self._info)
         thread.in_group_stop = is_group_stop(self._info)
+        return True
+
+    def _takes_signal(self, thread: Thread) -> bool:
+        """Whether a stopped thread has to take a signal first: it does, and will stop once more."""
+        if thread.in_group_stop or thread.deliveries == MOST_DELIVERIES:
+            return False
+        try:
+            if not thread.held and not comes_before_stop(thread.pid, thread.tid):
+                return False
+            if thread.is_spared and ARCH.orig < 0 and thread.held and has_handler(thread.pid, thread.tid, thread.held):
+                fail_after_all(thread.tid, self._registers)
+                thread.is_spared = False
+            thread.deliveries += 1
+            thread.is_stopped = False
+            take_next(thread.tid, thread.held, self._info)
+        except ProcessLookupError:
+            thread.is_stopped = False
         return True
 
     def _spare_eintr(self, thread: Thread) -> None:
@@ -359,13 +380,15 @@ class TreeWalk:
         :returns: time.monotonic_ns() at which the last thread was let go.
         """
         processes = list(self.processes.values())
+        gone_ahead: list[Thread] = []
         if afterwards == "stopped":
-            self._signal(processes, signal.SIGSTOP)
+            gone_ahead = self._stop(processes)
         elif afterwards == "killed":
-            self._signal(processes, signal.SIGKILL)
+            self._kill(processes)
         if afterwards != "killed":
             with in_real_time():  # the threads let go first are not to keep us from letting go of the others
-                self._let_go([thread for process in reversed(processes) for thread in process.threads.values()])
+                threads = [thread for process in reversed(processes) for thread in process.threads.values()]
+                self._let_go([thread for thread in threads if thread not in gone_ahead])
         done = time.monotonic_ns()
         if afterwards == "killed":
             self._await_death(processes)
@@ -374,13 +397,36 @@ class TreeWalk:
         self.processes = {}
         return done
 
-    def _signal(self, processes: list[Process], number: signal.Signals) -> None:
-        """Signal every process; one that we trace is dead at worst, its pid not yet another's."""
+    def _kill(self, processes: list[Process]) -> None:
+        """Kill every process; one that we trace is dead at worst, its pid not yet another's."""
         for process in processes:
-            stopped_already = any(thread.in_group_stop for thread in process.threads.values())
-            if number == signal.SIGKILL or not stopped_already:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+    def _stop(self, processes: list[Process]) -> list[Thread]:
+        """Have every process be in group stop when it is let go, before it takes any signal.
+
+        :returns: threads that were let go here, one of each process: the others stop when that one has.
+        """
+        first: list[Thread] = []
+        for process in processes:
+            if any(thread.in_group_stop for thread in process.threads.values()):
+                continue
+            stopped = [tid for tid, thread in process.threads.items() if thread.is_stopped]
+            with contextlib.suppress(ProcessLookupError):
+                if tid := send_stop(process.pid, stopped):
+                    first.append(process.threads[tid])
+        with in_real_time():
+            for thread in first:
+                self._detach(thread)
+        backoff = Backoff()
+        while any(_state(thread) not in "TZX" for thread in first) and backoff.pause() < DEATH_TIMEOUT:
+            pass
+        for thread in first:
+            if _state(thread) in "ZX":
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
+                    os.kill(thread.pid, signal.SIGSTOP)
+        return first
 
     def _let_go(self, threads: list[Thread]) -> None:
         for thread in threads:
@@ -494,6 +540,14 @@ def _children_by_scan(pid: int) -> list[int]:
 def _share_memory(pid: int, other: int) -> bool:
     """Whether two processes share one address space."""
     return shares(pid, other, KCMP_VM)
+
+
+def _state(thread: Thread) -> str:
+    """The letter of a thread's state; X: it is gone."""
+    try:
+        return read_thread_stat(thread.pid, thread.tid).state
+    except ProcessLookupError:
+        return "X"
 
 
 def _is_group_stopped(process: Process) -> bool:

@@ -29,6 +29,7 @@ from tests.command import (
     states,
     wait,
 )
+from tests.kernel.freeze_kit import Victims
 from tests.kernel.support import until
 from tests.targets.build import Target
 
@@ -251,6 +252,23 @@ def test_check_against_finds_a_page_that_was_written_since(target: Target, image
     assert done.json["error"] == done.error
     assert done.json["ok"] is False
     assert is_untouched(target.pid)
+
+
+def test_check_against_finds_a_tree_as_it_was_dumped_whose_signals_are_pending(
+    tmp_path: Path, images_root: Path
+) -> None:
+    victims = Victims(tmp_path)
+    try:
+        target = victims("frames", 2, 1000)  # a timer, and SIGCHLD of the children that are stopped
+        for name in "123":
+            assert incdump("dump", "-t", target.pid, "-D", images_root / name, "--leave-stopped").code == 0
+            done = incdump("check", images_root / name, "--against", target.pid)
+            assert done.code == 0, done
+            assert states(target.pid) == {"T"}
+            os.killpg(target.pid, signal.SIGCONT)
+            target.wait_for_beats()
+    finally:
+        victims.end()
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import anyio
 import pytest
 
+from incdump._uapi import ptrace
 from incdump.errors import (
     AlreadyTraced,
     FreezeTimeout,
@@ -49,9 +50,6 @@ from tests.kernel.freeze_kit import (
     tracer_of,
 )
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = pytest.mark.kernel
 
 START = Callable[..., Victim]
@@ -73,6 +71,24 @@ def runs_nowhere(victim: Victim) -> bool:
         if victim.beats != before:
             return False
     return True
+
+
+def private_memory(pid: int) -> dict[int, bytes]:
+    """All that a process may write to and shares with nobody, by address."""
+    found = {}
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, permissions = line.split()[:2]
+            if permissions[1] == "w" and permissions[3] == "p":
+                start, end = (int(word, 16) for word in span.split("-"))
+                for address in range(start, end, 4096):
+                    found[address] = os.pread(memory.fileno(), 4096, address)
+    return found
+
+
+def differences(before: dict[int, bytes], now: dict[int, bytes]) -> list[int]:
+    """The addresses of pages that are not the same in both."""
+    return sorted(address for address in before.keys() | now.keys() if before.get(address) != now.get(address))
 
 
 def is_free(victim: Victim) -> None:
@@ -240,6 +256,88 @@ async def test_left_stopped_no_instruction_runs_until_sigcont(victim: START) -> 
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("threads", [1, 3])
+async def test_left_stopped_memory_is_as_it_was_frozen_whatever_signals_are_pending(
+    victim: START, threads: int
+) -> None:
+    target = victim("frames", threads, 1000)
+    rounds = 20
+    async with Freezer() as freezer:
+        for _ in range(rounds):
+            target.wait_for_beats()
+            frozen = await freezer.freeze(target.pid)
+            before, counts = private_memory(target.pid), [target.value(i) for i in range(3)]
+            os.kill(target.pid, signal.SIGUSR1)
+            time.sleep(0.002)  # a tick of its timer
+            await freezer.thaw("stopped")
+            assert {state(pid) for pid in frozen.pids} == {"T"}
+            assert len(frozen.pids) == 3
+            await freezer.freeze(target.pid)  # as `check --against` does
+            assert differences(before, private_memory(target.pid)) == []
+            await freezer.thaw()
+            target.wait_until(lambda: state(target.pid) == "T")
+            assert differences(before, private_memory(target.pid)) == []
+            for pid in reversed(frozen.pids):
+                os.kill(pid, signal.SIGCONT)
+            target.wait_until(lambda c=counts: all(target.value(i) > c[i] for i in range(3)))
+    assert target.value(0) == rounds
+    target.finish()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["held up by the stop", "pending for the thread"])
+async def test_left_stopped_memory_is_as_it_was_frozen_when_a_signal_meets_the_stop(
+    victim: START, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    target = victim("frames", 1, 0)
+    interrupt, sent, rounds = ptrace.interrupt, [0], [0]
+
+    def signal_too(tid: int) -> None:
+        is_first = tid == target.pid and sent[0] < rounds[0]
+        sent[0] += is_first
+        if is_first and kind == "held up by the stop":
+            ptrace.tgkill(target.pid, tid, signal.SIGUSR1)
+            target.wait_until(lambda: target.state() == "t")
+        interrupt(tid)
+        if is_first and kind == "pending for the thread":
+            target.wait_until(lambda: target.state() == "t")
+            ptrace.tgkill(target.pid, tid, signal.SIGUSR1)
+
+    monkeypatch.setattr(ptrace, "interrupt", signal_too)
+    async with Freezer() as freezer:
+        for _ in range(10):
+            target.wait_for_beats()
+            rounds[0] += 1
+            frozen = await freezer.freeze(target.pid)
+            before, counted = private_memory(target.pid), target.value(0)
+            assert counted == sent[0] - 1, "its frame is written, its handler has not run"
+            await freezer.thaw("stopped")
+            assert differences(before, private_memory(target.pid)) == []
+            assert target.value(0) == counted
+            for pid in frozen.pids:
+                os.kill(pid, signal.SIGCONT)
+            target.wait_until(lambda: target.value(0) == sent[0])
+    target.finish()
+
+
+@pytest.mark.asyncio
+async def test_a_signal_for_one_thread_of_several_does_not_come_before_the_stop(victim: START) -> None:
+    target = victim("frames", 3, 0)
+    async with Freezer() as freezer:
+        for turn in range(6):
+            target.wait_for_beats()
+            frozen = await freezer.freeze(target.pid)
+            before = private_memory(target.pid)
+            ptrace.tgkill(target.pid, frozen.tasks[0].tids[turn % 3], signal.SIGUSR1)
+            await freezer.thaw("stopped")
+            assert differences(before, private_memory(target.pid)) == []
+            for pid in frozen.pids:
+                os.kill(pid, signal.SIGCONT)
+            target.wait_until(lambda turn=turn: target.value(0) == turn + 1)
+    target.finish()
+
+
+@pytest.mark.asyncio
 async def test_killed_the_tree_is_gone(victim: START) -> None:
     target = victim("shapes", "tree", 2)
     async with Freezer() as freezer:
@@ -288,7 +386,7 @@ async def test_a_signal_on_its_way_when_a_thread_is_stopped_is_passed_on(
     victim: START, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = victim("signals")
-    sent = signal_before_interrupt(target, monkeypatch, lambda: True)
+    sent = signal_before_interrupt(target, monkeypatch, lambda: target.state() != "t")
     async with Freezer() as freezer:
         for _ in range(10):
             await freezer.freeze(target.pid)
