@@ -46,7 +46,7 @@ from incdump.images.stats import encode_stats
 from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
-from incdump.proc.identity import boot_id
+from incdump.proc.identity import Identity, boot_id, signal_same
 from incdump.proc.pagemap import make_reader
 from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
@@ -217,10 +217,10 @@ class DumpRun:
         for process in self._processes.values():
             process.give_back()
         images.discard()
-        for task in self._left.tasks if self._left is not None else ():
-            if task.state_before != "T":
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(task.pid, signal.SIGCONT)
+        stopped = {task.pid for task in self._left.tasks if task.state_before != "T"} if self._left is not None else ()
+        for pid, start_time in self._processes:
+            if pid in stopped:
+                signal_same(Identity(pid, start_time, self._boot_id), signal.SIGCONT)
 
     def _make_means(self, images: NewImagesDir) -> Means:
         log = soft_dirty.SoftDirtyLog(runtime_dir()) if self._tracker == soft_dirty.NAME else None

@@ -45,7 +45,7 @@ from incdump.model.fields import check_choice, check_seconds
 from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
-from incdump.proc.identity import Identity, boot_id, signal_same
+from incdump.proc.identity import signal_same
 from incdump.proc.tree import check_target
 from incdump.xfer.control import MIGRATE, VERSION, Control
 from incdump.xfer.sockets import connect
@@ -433,4 +433,4 @@ class _Source:
 
     def _signal(self, number: int) -> None:
         for task in self._tasks:
-            signal_same(Identity(task.pid, task.start_time, boot_id()), number)
+            signal_same(task.identity, number)

@@ -27,7 +27,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
-from incdump.proc.identity import Identity, boot_id, check_own_proc, check_page_size, is_same, read_stat
+from incdump.proc.identity import Identity, boot_id, check_own_proc, check_page_size, is_same, read_stat, signal_same
 from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
@@ -163,8 +163,7 @@ class HeldRestore:
         for child in filter(is_same, self._children):
             with suppress(TargetError, ProcessLookupError):
                 for task in reversed(process_tree(child.pid)):
-                    with suppress(ProcessLookupError):
-                        os.kill(task.pid, signal.SIGKILL)
+                    signal_same(task.identity, signal.SIGKILL)
 
     @property
     def _pid_path(self) -> Path:

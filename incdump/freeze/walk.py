@@ -422,8 +422,11 @@ class TreeWalk:
         backoff = Backoff()
         while any(_state(thread) not in "TZX" for thread in first) and backoff.pause() < DEATH_TIMEOUT:
             pass
-        for thread in first:
-            if _state(thread) in "ZX":
+        for thread in first:  # one that has died is the number's owner no more, unless others of its process are held
+            held = any(
+                other.is_stopped and other is not thread for other in self.processes[thread.pid].threads.values()
+            )
+            if held and _state(thread) in "ZX":
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(thread.pid, signal.SIGSTOP)
         return first

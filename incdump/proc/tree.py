@@ -22,7 +22,9 @@ from incdump.errors import AlreadyTraced, NoSuchTarget, TargetDenied, TargetUnsu
 from incdump.proc.identity import (
     PF_FORKNOEXEC,
     PF_KTHREAD,
+    Identity,
     Stat,
+    boot_id,
     check_own_proc,
     check_page_size,
     is_own_helper,
@@ -71,6 +73,11 @@ class Task:
     threads: tuple[int, ...]
     vtids: tuple[int, ...]
     forked: bool
+
+    @property
+    def identity(self) -> Identity:
+        """What tells it apart from others that have its number before or afterwards."""
+        return Identity(self.pid, self.start_time, boot_id())
 
 
 def process_tree(root: int) -> tuple[Task, ...]:
