@@ -71,6 +71,11 @@ class Gate:
         return (self._place / "begun").stat().st_mtime
 
     @property
+    def has_begun(self) -> bool:
+        """Whether CRIU is about to freeze the tree, or further. If not, a gate that is shut keeps it from that."""
+        return (self._place / "begun").exists()
+
+    @property
     def is_reached(self) -> bool:
         """Whether CRIU waits before it (or has been let through)."""
         return (self._place / "reached").exists()

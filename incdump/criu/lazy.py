@@ -67,8 +67,18 @@ class LazyCriu:
         """Whether it has not ended yet, as far as is known."""
         return self._process.poll() is None
 
-    def end(self) -> int:
-        """Wait until it has ended: it does so at the gate, if not before. Blocks.
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def has_ended_within(self, seconds: float) -> bool:
+        """Wait for its end for some time. Blocks."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def wait(self) -> int:
+        """Wait until it has ended. Blocks.
 
         :returns: its exit status; negative for a signal.
         """

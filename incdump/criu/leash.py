@@ -113,6 +113,11 @@ class LeashedCriu:
         """Its first scan may end, or end at once when it comes."""
         self._may_go_on.set()
 
+    def has_ended_within(self, seconds: float) -> bool:
+        """Wait for its end for some time. Blocks."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def wait(self) -> int:
         """Wait until it has ended. Blocks.
 
@@ -126,12 +131,15 @@ class LeashedCriu:
         """Whether it has not ended yet, as far as is known."""
         return self._process.poll() is None
 
-    def end(self) -> int:
-        """Have it end: it is asked to with SIGTERM, which it does not heed while it dumps, and waited for. Blocks."""
-        if self._process.poll() is None and not self.scanned:
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def ask_to_end(self) -> None:
+        """Send it SIGTERM. Only before it has touched the tree: a process that it works on does not survive its end."""
+        if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-        self.go_on()
-        return self.wait()
 
     def _serve(self) -> None:
         poll = select.poll()

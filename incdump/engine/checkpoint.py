@@ -41,6 +41,7 @@ from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu, uses_short_smaps
 from incdump.criu.options import FREEZE_CGROUP, is_given, refuse_scripts_in_files, take_scripts
 from incdump.criu.program import SECCOMP_REFUSED, failure, find, last_errors
+from incdump.criu.progress import Progress
 from incdump.engine.dump import DumpRun
 from incdump.engine.sent_image import Sending
 from incdump.engine.tasks import done_before
@@ -57,7 +58,7 @@ from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.confinement import filtered, frozen_cgroup
-from incdump.proc.identity import Identity, is_same
+from incdump.proc.identity import is_same
 from incdump.proc.mm_info import resident_bytes
 from incdump.proc.short_smaps import ShortSmaps
 from incdump.proc.tree import is_traced, process_tree
@@ -92,6 +93,10 @@ STDERR = "criu-dump.stderr"
 _GATE_POLL = 0.1
 """Seconds between two looks whether a CRIU that does not heed the leash stands at the gate."""
 _STANDS_POLL = 0.05
+_IDLE_BEYOND = 1.0
+"""Seconds after its --timeout for which CRIU may do nothing at all before it is taken to wait for ever."""
+_IDLE_AT_END = 2.0
+"""Seconds for which a CRIU whose gate is shut may do nothing before it is left alone."""
 _BIG = 128 << 20
 """Bytes of memory a process from which on it takes CRIU longer to read smaps than to be told the mappings."""
 _FIRST_PAGES_ID = 1 << 20
@@ -279,7 +284,7 @@ class CheckpointRun(DumpRun):
         gate = Gate(images.make_subdir(GATE), images.path, scripts)
         try:
             command, said = self._command(images.path, place, gate, options), place / STDERR
-            self._run = run = _Run(command, self._criu, way, gate, self._smaps, said)
+            self._run = run = _Run(command, self._criu, way, gate, self._smaps, said, self._criu_timeout + _IDLE_BEYOND)
             began = time.monotonic_ns()
             try:
                 await in_thread(run.start)
@@ -294,13 +299,15 @@ class CheckpointRun(DumpRun):
                 self._left = self._frozen_now()  # what happens now cannot be taken back
             except BaseException as error:
                 gate.open(may_pass=False)
-                await run.end()
+                if await run.end(bounded=True) is None:
+                    raise self._left_alone(run) from error
                 if isinstance(error, LeashUnusable):
                     images.remove_subdirs()
                 raise
             with suppress(OSError):  # CRIU fails then, and says so
                 gate.open(may_pass=True)
             status = await run.end()
+            assert status is not None  # without a bound it is waited for
             self._note_told(run.told)
             if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
                 self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
@@ -324,11 +331,25 @@ class CheckpointRun(DumpRun):
         place_options = ("--images-dir", str(place), "--work-dir", str(images), "--log-file", f"{SUBDIR}/{LOG}")
         return [
             *(self._criu.path, "dump", "--tree", str(self._pid), *place_options),
-            *("--timeout", f"{max(1.0, self._options.freeze_timeout):.0f}"),
+            *("--timeout", f"{self._criu_timeout:.0f}"),
             *after[self._options.afterwards],
             *options,
             *("--action-script", str(gate.script)),
         ]
+
+    @property
+    def _criu_timeout(self) -> float:
+        """CRIU's --timeout, in seconds: for stopping the tree."""
+        return max(1.0, self._options.freeze_timeout)
+
+    def _left_alone(self, run: _Run) -> CriuError:
+        """The error for a CRIU that waits, and must not be ended."""
+        text = (
+            f"{self._criu} (process {run.pid}) does nothing any more while it dumps process {self._pid}, as when a "
+            "process cannot run, in a frozen cgroup for instance; it was left as it is, since what it works on would "
+            "not survive its end: do not kill it, thaw the tree, and it lets go of it; no images are left"
+        )
+        return CriuError(text, pid=self._pid)
 
     async def _copy(self, run: _Run, pipeline: Pipeline) -> None:
         """Everything stands still: scan and copy, while CRIU does the rest."""
@@ -388,7 +409,7 @@ class CheckpointRun(DumpRun):
         """CRIU has ended, the images are whole."""
         if status:
             error = self._failed(place, status)
-            if is_same(Identity(self._pid, self._root.start_time, self._boot_id)):
+            if is_same(self._root.identity):
                 self._left = None  # the tree is as it was: so is everything else
                 raise error
             self._warn(f"{error}; the images are complete")
@@ -435,9 +456,19 @@ class _Run:
     """CRIU's run, as the event loop sees it."""
 
     def __init__(
-        self, command: list[str], criu: Criu, way: WayName, gate: Gate, smaps: ShortSmaps | None, stderr: Path
+        self,
+        command: list[str],
+        criu: Criu,
+        way: WayName,
+        gate: Gate,
+        smaps: ShortSmaps | None,
+        stderr: Path,
+        patience: float,
     ) -> None:
+        """:param patience: seconds for which CRIU may do nothing at all, once it has begun."""
         self._command = command
+        self._patience = patience
+        self._progress: Progress | None = None
         self._stderr = stderr
         self._mappings = None if smaps is None else smaps.read
         self._version = criu.version
@@ -458,6 +489,7 @@ class _Run:
             self._criu = LeashedCriu(self._command, self._mappings, *events, self._stderr)
         else:
             self._criu = LazyCriu(self._command, self._version, self._tell(self._ended), self._stderr)
+        self._progress = Progress(self._criu.pid)
 
     def _tell(self, event: asyncio.Event) -> Callable[[], None]:
         def tell() -> None:
@@ -470,11 +502,13 @@ class _Run:
         """Wait until the tree is frozen, and CRIU does not touch the memory any more.
 
         :raises incdump.errors.LeashUnusable: CRIU has dumped the memory itself, it did not heed the leash.
+        :raises incdump.errors.CriuError: CRIU gets no further.
         :raises _CriuEnded: CRIU has ended instead.
         """
         while self._way == "leash" and not self._scanned.is_set() and not self._ended.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(_first_of(self._scanned, self._ended), _GATE_POLL)
+            self._check_progress()
             if self._gate.is_reached and isinstance(self._criu, LeashedCriu) and not self._criu.scanned:
                 raise LeashUnusable(
                     "CRIU cannot be held on a leash (it looks for pages otherwise than by PAGEMAP_SCAN)"
@@ -490,12 +524,25 @@ class _Run:
     async def until_gate(self) -> None:
         """Wait until CRIU stands before the gate.
 
+        :raises incdump.errors.CriuError: CRIU gets no further.
         :raises _CriuEnded: CRIU has ended instead.
         """
+        looked = time.monotonic()
         while not self._gate.is_reached:
+            if time.monotonic() - looked > _GATE_POLL:
+                self._check_progress()
+                looked = time.monotonic()
             if self._ended.is_set():
-                raise _CriuEnded(await self.end())
+                raise _CriuEnded(await self.end() or 0)
             await anyio.sleep(0.0005)  # a file appears, made by a shell
+
+    def _check_progress(self) -> None:
+        """:raises incdump.errors.CriuError: CRIU has begun, and does nothing any more."""
+        if self._gate.has_begun and self._idle() > self._patience:
+            raise CriuError(f"CRIU has done nothing for {self._patience:g} s: a process that it dumps does not run")
+
+    def _idle(self) -> float:
+        return 0.0 if self._progress is None else self._progress.idle()
 
     @property
     def scanned(self) -> set[int]:
@@ -519,20 +566,37 @@ class _Run:
         """
         if not await done_before(self._until_ended, job):
             self._gate.open(may_pass=False)  # its script waits there still
-            raise _CriuEnded(await self.end())
+            raise _CriuEnded(await self.end() or 0)
 
     async def _until_ended(self) -> None:
         while self.is_running:  # noqa: ASYNC110 - no event tells of it
             await anyio.sleep(_STANDS_POLL)
 
-    async def end(self) -> int:
-        """Wait until it has ended, whoever is cancelled meanwhile."""
-        criu = self._criu
-        if criu is None:
+    @property
+    def pid(self) -> int | None:
+        """CRIU's number."""
+        return None if self._criu is None else self._criu.pid
+
+    async def end(self, *, bounded: bool = False) -> int | None:
+        """Wait until it has ended, whoever is cancelled meanwhile.
+
+        :param bounded: the gate is shut, so CRIU fails, or never begins; but do not wait for one that does nothing.
+        :returns: its exit status; None: it has not ended.
+        """
+        if self._criu is None:
             return 0
+        self.go_on()
         with anyio.CancelScope(shield=True):
-            return await in_thread(criu.end)
+            return await in_thread(self._end, self._criu, bounded)
         raise AssertionError  # a shielded scope swallows nothing
+
+    def _end(self, criu: LeashedCriu | LazyCriu, bounded: bool) -> int | None:
+        if bounded and isinstance(criu, LeashedCriu) and not self._gate.has_begun:
+            criu.ask_to_end()
+        while not criu.has_ended_within(_GATE_POLL):
+            if bounded and self._idle() > _IDLE_AT_END:
+                return None
+        return criu.wait()
 
 
 async def _first_of(*events: asyncio.Event) -> None:

@@ -30,13 +30,24 @@ def frozen_cgroup(pid: int) -> str | None:
     for number, controllers, path in (line.split(":", 2) for line in memberships):
         if number == "0":
             place = _mounted("cgroup2", None, path)
-            if place is not None and "frozen 1" in _read(os.path.join(place, "cgroup.events")).splitlines():
+            if place is not None and _is_frozen(place):
                 return place
         elif "freezer" in controllers.split(","):
             place = _mounted("cgroup", "freezer", path)
             if place is not None and _read(os.path.join(place, "freezer.state")).strip() in ("FROZEN", "FREEZING"):
                 return place
     return None
+
+
+def _is_frozen(place: str) -> bool:
+    """Whether a cgroup of version 2 is frozen, or about to be: it, or one above it, has been told to."""
+    if "frozen 1" in _read(os.path.join(place, "cgroup.events")).splitlines():
+        return True
+    while os.path.exists(told := os.path.join(place, "cgroup.freeze")):
+        if _read(told).strip() == "1":
+            return True
+        place = os.path.dirname(place)
+    return False
 
 
 def _mounted(kind: str, controller: str | None, path: str) -> str | None:

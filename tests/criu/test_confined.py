@@ -20,7 +20,7 @@ from incdump.proc import confinement
 from incdump.proc.tree import process_tree
 from tests.command import incdump as command
 from tests.command import is_untouched
-from tests.criu.criu import criu_path, restorable_churn, revive
+from tests.criu.criu import criu_path, restorable_churn, revive, until
 from tests.criu.namespaces import in_own_namespaces
 from tests.criu.test_checkpoint import FILTERED, PRIVATE_OPS, checkpoint, predump
 
@@ -152,6 +152,76 @@ def test_a_tree_in_a_frozen_cgroup_is_refused_and_lives_on(
         checkpoint(target, images_root / "2", afterwards="running")
         target.check()
         target.quit()
+
+
+def criu_of(pid: int) -> int:
+    """The CRIU that traces a process; 0: none does."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    tracer = int(status.partition("TracerPid:\t")[2].split()[0])
+    with contextlib.suppress(OSError):
+        return tracer if b"--action-script" in Path(f"/proc/{tracer}/cmdline").read_bytes() else 0
+    return 0
+
+
+async def checkpoint_frozen(target: RestorableTarget, images: Path, way: WayName, *, cancel: bool) -> int:
+    """A checkpoint in a cgroup that is frozen. It fails.
+
+    :param cancel: while CRIU waits; else its time runs out.
+    :returns: the CRIU that it leaves.
+    """
+    options = incdump.DumpOptions(afterwards="killed", freeze_timeout=60 if cancel else 1)
+
+    async def stop_when_it_waits() -> None:
+        while not criu_of(target.pid):
+            await anyio.sleep(0.02)
+        await anyio.sleep(0.5)  # it has nothing to do then
+        tasks.cancel_scope.cancel()
+
+    error: BaseException | None = None
+    try:
+        async with anyio.create_task_group() as tasks:
+            if cancel:
+                tasks.start_soon(stop_when_it_waits)
+            await incdump.checkpoint(target.pid, images, options=options, criu=str(criu_path()), way=way)
+    except BaseExceptionGroup as group:
+        error = group.exceptions[0]
+    assert isinstance(error, incdump.CriuError), error
+    assert "do not kill it, thaw the tree" in str(error)
+    assert error.pid == target.pid
+    left = criu_of(target.pid)
+    assert f"(process {left})" in str(error)
+    return left
+
+
+@pytest.mark.parametrize("cancel", [False, True], ids=["out of time", "cancelled"])
+@pytest.mark.parametrize("way", ["leash", "lazy-pages"])
+@in_own_namespaces
+def test_a_tree_that_is_frozen_after_the_look_outlives_criu(images_root: Path, way: WayName, cancel: bool) -> None:
+    """CRIU waits for its first call in a process; to end it then would be that process's end, by SIGTRAP."""
+    with (
+        own_cgroup("cgroup2", "freezer") as group,
+        restorable_churn(images_root, seed=48, ops=PRIVATE_OPS) as target,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("incdump.engine.checkpoint.frozen_cgroup", lambda _: None)
+        (group / "cgroup.procs").write_text(str(target.pid))
+        (group / "cgroup.freeze").write_text("1")
+        try:
+            left = anyio.run(partial(checkpoint_frozen, target, images_root / "1", way, cancel=cancel))
+        finally:
+            (group / "cgroup.freeze").write_text("0")
+        assert not (images_root / "1").exists()
+        until(lambda: is_untouched(target.pid), 60)
+        until(lambda: b"--action-script" not in _command_line(left), 60)
+        target.step(20)
+        target.check()
+        target.quit()
+
+
+def _command_line(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 # --- files, scripts, logs ---------------------------------------------------------------------------------------------
