@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from incdump.engine.checkpoint import checkpoint
     from incdump.engine.dump import dump, predump
     from incdump.engine.migrate import MigrateResult, migrate
-    from incdump.engine.page_server import PageServer, PageServerOptions, SessionReport
+    from incdump.engine.page_server import Arriving, PageServer, PageServerOptions, SessionReport
     from incdump.engine.precopy import PrecopyResult, precopy
     from incdump.engine.receive import Receiver
     from incdump.engine.restore import restore
@@ -135,6 +135,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "PageServer",
     "PageServerOptions",
     "SessionReport",
+    "Arriving",
     # images
     "ImagesDir",
     "check",
@@ -202,6 +203,7 @@ _HOME = {
     "PageServer": "incdump.engine.page_server",
     "PageServerOptions": "incdump.engine.page_server",
     "SessionReport": "incdump.engine.page_server",
+    "Arriving": "incdump.engine.page_server",
     "DumpOptions": "incdump.model.options",
     "TlsFiles": "incdump.model.options",
     "DumpResult": "incdump.model.stats",

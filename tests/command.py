@@ -71,14 +71,14 @@ def incdump(*args: object, **options: Any) -> Done:
 
 
 def start(*args: object, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a command; stdout and stderr are pipes."""
+    """Start a command; stdout and stderr are pipes, unless told otherwise."""
+    options.setdefault("stderr", subprocess.PIPE)
     return subprocess.Popen(
         [sys.executable, "-m", "incdump", *map(str, args)],
         env=environment(),
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         bufsize=0,
         **options,
     )
@@ -101,7 +101,7 @@ def read_until(stream: IO[bytes] | None, wanted: bytes, timeout: float = 60) -> 
 def wait(process: subprocess.Popen[bytes], timeout: float = 60) -> Done:
     """Wait for a started command to end; what was read before is not in the result."""
     out, err = process.communicate(timeout=timeout)
-    return Done(process.returncode, out.decode(), err.decode())
+    return Done(process.returncode, out.decode(), (err or b"").decode())
 
 
 def states(pid: int) -> set[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from incdump.cli.completion import directories, processes
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
@@ -37,9 +38,13 @@ Examples:
 
 
 @click.command("check", cls=Command, epilog=_EXAMPLE)
-@click.argument("images_dir", metavar="DIR")
+@click.argument("images_dir", metavar="DIR", shell_complete=directories)
 @click.option(
-    "--against", type=click.IntRange(min=1), metavar="PID", help="Freeze this tree and compare every page of it."
+    "--against",
+    type=click.IntRange(min=1),
+    metavar="PID",
+    shell_complete=processes,
+    help="Freeze this tree and compare every page of it.",
 )
 @click.option(
     "--timeout",
@@ -61,8 +66,9 @@ def command(invocation: Invocation, images_dir: str, against: int | None, timeou
     """
     if not images_dir or "\0" in images_dir:
         raise click.BadParameter("an empty name", param_hint="DIR")
-    report = _check(images_dir, show=not invocation.json)
-    compared = None if against is None else _compare(images_dir, against, timeout, show=not invocation.json)
+    show = invocation.shows_progress and not invocation.json
+    report = _check(images_dir, show=show)
+    compared = None if against is None else _compare(images_dir, against, timeout, show=show)
     ok = compared is None or compared.ok
     error = None if ok else CheckError(_complaint(images_dir, against, compared), pid=against, path=images_dir)
     if invocation.json:

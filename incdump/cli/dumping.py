@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from incdump.cli.completion import directories, files, parents, processes
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
 _TARGET_OPTIONS = (
-    click.option("-t", "--tree", "pid", type=TargetPid(), required=True, metavar="PID", help="The target."),
+    click.option(
+        "-t",
+        "--tree",
+        "pid",
+        type=TargetPid(),
+        required=True,
+        metavar="PID",
+        help="The target: the root of a process tree.",
+        shell_complete=processes,
+    ),
     click.option(
         "-D",
         "--images-dir",
@@ -36,6 +46,7 @@ _TARGET_OPTIONS = (
         metavar="DIR",
         show_default="the working directory",
         help="Where the images go; made if it does not exist, refused if it holds images.",
+        shell_complete=directories,
     ),
     click.option(
         "--tracker",
@@ -63,6 +74,7 @@ _DUMP_OPTIONS = (
         "parent",
         metavar="DIR",
         help="The previous images dir, relative to DIR of -D: dump only what was written since.",
+        shell_complete=parents,
     ),
     *_TARGET_OPTIONS[2:],
     click.option(
@@ -82,6 +94,7 @@ _DUMP_OPTIONS = (
         "--log-file",
         metavar="FILE",
         help="Add log lines to FILE, which is relative to the images dir (as CRIU's is to its work dir).",
+        shell_complete=files,
     ),
     json_option,
     verbose_option,
@@ -190,7 +203,7 @@ def run_dump(
         log.line(f"{kind} of process {pid} into {images_dir}" + (f", on top of {parent}" if parent else ""))
         check_target(pid)  # before the engine is loaded: who named a wrong process hears of it at once
         engine = _engine(kind, with_criu)
-        result = run(lambda: _dump(engine, pid, images_dir, parent, options, log, show=not invocation.verbosity))
+        result = run(lambda: _dump(engine, pid, images_dir, parent, options, log, show=invocation.shows_progress))
         for warning in result.warnings:
             log.warning(warning)
         log.line(_summary(result))

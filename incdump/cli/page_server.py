@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from incdump.cli.completion import directories, parents
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
@@ -19,6 +20,7 @@ from incdump.cli.invocation import (
     print_json,
     verbose_option,
 )
+from incdump.cli.progress import Arrivals
 from incdump.cli.signals import Stopped, run
 from incdump.cli.tls import take_tls, tls_options
 
@@ -40,6 +42,7 @@ Examples:
     metavar="DIR",
     show_default="the working directory",
     help="Where the pages go; made if it does not exist, refused if it holds images.",
+    shell_complete=directories,
 )
 @click.option(
     "--address",
@@ -52,7 +55,11 @@ Examples:
     "--port", type=click.IntRange(0, 65535), default=0, metavar="PORT", show_default=True, help="0: any free one."
 )
 @click.option(
-    "--prev-images-dir", "parent", metavar="DIR", help="The parent images of the first session, relative to DIR of -D."
+    "--prev-images-dir",
+    "parent",
+    metavar="DIR",
+    shell_complete=parents,
+    help="The parent images of the first session, relative to DIR of -D.",
 )
 @click.option("--auto-dedup", is_flag=True, help="Parent images give back the disk space of pages that come again.")
 @click.option("--once", is_flag=True, help="Serve one session, into DIR itself, and end.")
@@ -132,7 +139,14 @@ async def _serve(invocation: Invocation, server: PageServer, status_fd: int | No
         _tell_listening(invocation, server)
         if status_fd is not None:
             _tell_status(status_fd)
-        await server.serve(lambda report: _tell_session(invocation, report))
+        arrivals = Arrivals(lambda: server.arriving, show=invocation.shows_progress)
+
+        def on_session(report: SessionReport) -> None:
+            arrivals.clear()
+            _tell_session(invocation, report)
+
+        with arrivals.shown():
+            await server.serve(on_session)
 
 
 def _tell_listening(invocation: Invocation, server: PageServer) -> None:
@@ -160,14 +174,15 @@ def _tell_session(invocation: Invocation, report: SessionReport) -> None:
     if report.error is not None:
         click.echo(f"session of {report.client} dropped: {one_line(str(report.error))}", err=True)
         return
-    from incdump.cli.text import bytes_text, count_text
+    from incdump.cli.text import bytes_text, count_text, time_text
 
+    came = f" ({bytes_text(report.pages << 12)} in {time_text(int(report.seconds * 1e6))})"
     holes = f", {report.holes:,} left to the parent images" if report.holes else ""
     punched = f", {bytes_text(report.punched)} given back by the parent images" if report.punched else ""
     with output():
         print(
             f"session of {report.client} complete: {count_text(report.pages, 'page', 'pages')} of "
-            f"{count_text(report.images, 'image', 'images')} into {report.images_dir}{holes}{punched}"
+            f"{count_text(report.images, 'image', 'images')} into {report.images_dir}{came}{holes}{punched}"
         )
     if report.warning is not None:
         click.echo(f"warning: {one_line(report.warning)}", err=True)

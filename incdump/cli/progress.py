@@ -5,21 +5,29 @@ rich is loaded when the half second is over, and not at all otherwise: loading i
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from incdump.cli.invocation import one_line
 from incdump.cli.text import bytes_text
 from incdump.model.stats import DumpStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import asyncio
+    from collections.abc import Callable, Iterator
 
     from rich.live import Live
     from rich.spinner import Spinner
 
+    from incdump.engine.page_server import Arriving
+
 PATIENCE = 0.5
 """Seconds before anything is shown."""
+_EVERY = 0.2
+"""Seconds between two looks at what has come."""
 _PAGE = 4096
 STEPS = {
     "checking": "looking at the target",
@@ -68,14 +76,80 @@ class Waiting:
 
     def _renderable(self) -> Spinner:
         assert self._spinner is not None
-        self._spinner.update(text=self._text())
+        from rich.text import Text
+
+        # One line: what is cut on a narrow terminal is the counters' end.
+        self._spinner.update(text=Text(one_line(self._text()), no_wrap=True, overflow="ellipsis"))
         return self._spinner
 
     def _text(self) -> str:
-        return f"{self.what}: {self._details()}{time.monotonic() - self._began:.1f} s"
+        details = self._details()
+        return f"{self.what}, {time.monotonic() - self._began:.1f} s{': ' if details else ''}{details}"
 
     def _details(self) -> str:
         return ""
+
+
+class Arrivals:
+    """What is coming in over the network, on one line of stderr: how much, from whom, how fast, for how long, where to.
+
+    :param ask: what is coming in now.
+    :param show: whether that may be shown, if stderr is a terminal.
+    """
+
+    def __init__(self, ask: Callable[[], Arriving | None], *, show: bool) -> None:
+        self._ask = ask
+        self._is_shown = show and sys.stderr is not None and sys.stderr.isatty()
+        self._session: tuple[str, str] | None = None
+        self._began = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_drawn = False
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show it for the rest of this block. For use within an event loop, which draws."""
+        if not self._is_shown:
+            yield
+            return
+        self._draw_again()
+        try:
+            yield
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self.clear()
+
+    def _draw_again(self) -> None:
+        import asyncio
+
+        self.draw()
+        self._timer = asyncio.get_running_loop().call_later(_EVERY, self._draw_again)
+
+    def draw(self) -> None:
+        """Draw the line as it is now."""
+        now = self._ask()
+        session = None if now is None else (now.client, now.images_dir)
+        if session != self._session:
+            self._session, self._began = session, time.monotonic()
+        seconds = time.monotonic() - self._began
+        if now is None or seconds < PATIENCE:
+            self.clear()
+            return
+        rate = bytes_text(int(now.bytes / seconds))
+        text = f"{bytes_text(now.bytes)} of {now.client}, {rate}/s, {seconds:.1f} s, into {now.images_dir}"
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        self._print(f"\r\x1b[2K{one_line(text)[: width - 1]}")
+        self._is_drawn = True
+
+    def clear(self) -> None:
+        """Take the line away, before another is printed."""
+        if self._is_drawn:
+            self._print("\r\x1b[2K")
+            self._is_drawn = False
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError):  # a terminal that is gone
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 class Progress(Waiting):
@@ -90,7 +164,7 @@ class Progress(Waiting):
         self.what, self._stats = STEPS.get(step, step), stats
 
     def _details(self) -> str:
-        return f"{counters_text(self._stats)}, "
+        return counters_text(self._stats)
 
 
 def counters_text(stats: DumpStats) -> str:

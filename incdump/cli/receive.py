@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.address import ADDRESS
+from incdump.cli.completion import directories
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
@@ -23,7 +24,9 @@ from incdump.cli.invocation import (
     verbose_option,
 )
 from incdump.cli.policy import hook_timeout_option
+from incdump.cli.progress import Arrivals
 from incdump.cli.signals import Stopped, run
+from incdump.cli.text import bytes_text, time_text
 from incdump.cli.tls import take_tls, tls_options
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ Examples:
     metavar="DIR",
     show_default="the working directory",
     help="Where the images go; made if it does not exist. Each migration has a directory of its own there.",
+    shell_complete=directories,
 )
 @click.option(
     "--listen",
@@ -153,9 +157,21 @@ async def _serve(invocation: Invocation, receiver: Receiver) -> None:
         else:
             with output():
                 print(f"listening on {receiver.host} port {receiver.port}")
-        await receiver.serve(
-            lambda report: _tell_session(invocation, report), lambda report: _tell_migration(invocation, report)
-        )
+        arrivals = Arrivals(lambda: receiver.arriving, show=invocation.shows_progress)
+        came = [0, 0.0]  # bytes of pages and seconds, of the migration that is under way
+
+        def on_session(report: SessionReport) -> None:
+            arrivals.clear()
+            came[:] = came[0] + (report.pages << 12), came[1] + report.seconds
+            _tell_session(invocation, report)
+
+        def on_migration(report: MigrationReport) -> None:
+            arrivals.clear()
+            _tell_migration(invocation, report, f"{bytes_text(int(came[0]))} in {time_text(int(came[1] * 1e6))}")
+            came[:] = 0, 0.0
+
+        with arrivals.shown():
+            await receiver.serve(on_session, on_migration)
 
 
 def _tell_session(invocation: Invocation, report: SessionReport) -> None:
@@ -166,10 +182,13 @@ def _tell_session(invocation: Invocation, report: SessionReport) -> None:
         click.echo(f"round of {report.client} dropped: {one_line(str(report.error))}", err=True)
     elif invocation.verbosity:
         with output():
-            print(f"round into {report.images_dir}: {report.pages:,} pages")
+            print(f"round into {report.images_dir}: {report.pages:,} pages, {time_text(int(report.seconds * 1e6))}")
 
 
-def _tell_migration(invocation: Invocation, report: MigrationReport) -> None:
+def _tell_migration(invocation: Invocation, report: MigrationReport, came: str) -> None:
+    """
+    :param came: how much came, and how long that took.
+    """
     if invocation.json:
         error = {} if report.error is None else error_fields(report.error, str(report.error))
         fields: dict[str, Any] = {
@@ -192,6 +211,6 @@ def _tell_migration(invocation: Invocation, report: MigrationReport) -> None:
     else:
         what = "runs" if report.outcome == "runs" else "is stored"
         with output():
-            print(f"{name} {what}: {report.rounds} rounds, the last in {report.images_dir}")
+            print(f"{name} {what}: {report.rounds} rounds, {came}, the last in {report.images_dir}")
     if report.warning is not None:
         click.echo(f"warning: {one_line(report.warning)}", err=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from incdump.cli.completion import files
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ report_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option
     "--report",
     metavar="FILE",
     callback=_take_report,
+    shell_complete=files,
     help="Draw what happened: rounds, rates, downtimes, which mappings were written when. FILE ends in .svg, .png or "
     ".html.",
 )

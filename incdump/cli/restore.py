@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from incdump.cli.completion import directories, files
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -24,10 +25,16 @@ Examples:
 
 @click.command("restore", cls=Command, epilog=_EXAMPLE)
 @click.option(
-    "-D", "--images-dir", default=".", metavar="DIR", show_default="the working directory", help="The checkpoint."
+    "-D",
+    "--images-dir",
+    default=".",
+    metavar="DIR",
+    show_default="the working directory",
+    help="The checkpoint.",
+    shell_complete=directories,
 )
 @click.option("-d", "--restore-detached", is_flag=True, help="Return when the tree runs, not when it has ended.")
-@click.option("--pidfile", metavar="FILE", help="Write the root's pid there.")
+@click.option("--pidfile", metavar="FILE", shell_complete=files, help="Write the root's pid there.")
 @criu_option
 @criu_arguments
 @json_option

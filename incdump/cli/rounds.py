@@ -12,7 +12,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from incdump.cli.invocation import one_line, output, print_json
-from incdump.cli.text import bytes_text, is_terminal, print_panel, show_table, time_text
+from incdump.cli.text import (
+    bytes_text,
+    cells,
+    framed,
+    grid,
+    is_terminal,
+    print_panel,
+    show_table,
+    time_text,
+    widths,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -22,21 +32,20 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.spinner import Spinner
     from rich.table import Table
+    from rich.text import Text
 
     from incdump.cli.invocation import Invocation
     from incdump.model.precopy import Decision, PrecopyPolicy, PrecopyRound
     from incdump.model.stats import DumpStats, FreezePart
 
+_SHARE = 7
+"""Of `round_texts`, the share of the allowed downtime."""
 _EVERY = 0.2
 """Seconds between two drawings of the table."""
 _OTHER_LINES = 8
 """Of a terminal's lines: borders, headings, the step under way."""
-_NARROW = 90
-"""Columns of a terminal that all the table's just fit into."""
-_MOST_NARROW = 9
-"""The most of the table's that fit into fewer."""
-_LEAST = ("pages", "copied/s")
-"""Those that are missed least."""
+_LEAST = ("pages", "copied/s", "written/s", "time", "bytes")
+"""Columns of the table that are left out, in this order, where there is no room for all."""
 _HEADINGS = ("round", "pages", "bytes", "time", "written/s", "copied/s", "downtime", "")
 _WIDTHS = (5, 10, 10, 9, 11, 11, 9, 0)
 _PARTS = {
@@ -62,7 +71,7 @@ class Rounds:
 
     def __init__(self, invocation: Invocation, policy: PrecopyPolicy, title: str) -> None:
         self._json = invocation.json
-        self._is_live = not invocation.json and not invocation.verbosity and is_terminal()
+        self._is_live = not invocation.json and invocation.shows_progress and is_terminal()
         self._policy = policy
         self._title = title
         self._told: list[tuple[PrecopyRound, Decision]] = []
@@ -182,9 +191,9 @@ class Rounds:
         if self._stats is not None:
             from incdump.cli.progress import counters_text
 
-            counters = f"{counters_text(self._stats)}, "
-        step = one_line(f"{self._what}: {counters}{time.monotonic() - self._since:.1f} s")
-        self._spinner.update(text=Text(step, no_wrap=True, overflow="ellipsis"))
+            counters = f": {counters_text(self._stats)}"
+        step = one_line(f"{self._what}, {time.monotonic() - self._since:.1f} s{counters}")
+        self._spinner.update(text=Text(step, no_wrap=True, overflow="ellipsis"))  # what is cut is the counters' end
         panel = Panel(table, title=Text(one_line(self._title)), title_align="left", expand=False)
         return Group(panel, self._spinner) if self._told else self._spinner
 
@@ -194,9 +203,6 @@ class Rounds:
 
     def _table(self, rows: int) -> Table:
         """The last so many rounds."""
-        from rich.table import Table
-        from rich.text import Text
-
         shown = self._told[-rows:]
         texts = [round_texts(done, decision, self._policy) for done, decision in shown]
         names = ["round", "pages", "bytes", "time", "written/s", "copied/s", "stopped now", _of(self._policy)]
@@ -204,22 +210,24 @@ class Rounds:
             if any(told_of(done) for done, _ in self._told):
                 names.append(name)
                 texts = [(*row, told_of(done)) for row, (done, _) in zip(texts, shown, strict=True)]
-        kept = list(range(len(names)))
-        is_narrow = self._console.width <= _NARROW
-        if is_narrow and len(names) > _MOST_NARROW:
-            kept = [n for n in kept if names[n] not in _LEAST]
-        names, texts = [names[n] for n in kept], [tuple(row[n] for n in kept) for row in texts]
-        table = Table.grid(padding=(0, 1 if is_narrow else 2))
-        for column in zip(*texts, strict=True):  # where there is no room, headings are wrapped, and numbers never
-            table.add_column(justify="right", min_width=max(map(len, column)))
-        table.add_row(*(Text(name, style="bold") for name in names))
+        rows_of = [cells(row) for row in texts]
+        for row, (_, decision) in zip(rows_of, shown, strict=True):
+            row[_SHARE].stylize(_style(decision, self._policy))
+        kept = self._kept(names, rows_of)
+        names, rows_of = [names[n] for n in kept], [[row[n] for n in kept] for row in rows_of]
         if len(shown) < len(self._told):
-            table.add_row(Text("…"))
-        for row, (_, decision) in zip(texts, shown, strict=True):
-            cells = [Text(text) for text in row]
-            cells[kept.index(7)].stylize(_style(decision, self._policy))
-            table.add_row(*cells)
-        return table
+            rows_of.insert(0, cells(["…", *[""] * (len(names) - 1)]))
+        return grid(["number"] * len(names), names, rows_of, self._console.width)
+
+    def _kept(self, names: Sequence[str], rows: Sequence[Sequence[Text]]) -> list[int]:
+        """The columns that there is room for: what decides is never among those that are left out."""
+        needed = widths(names, rows, wrapped=True)
+        kept = list(range(len(names)))
+        for name in _LEAST:
+            if framed([needed[n] for n in kept], 1) <= self._console.width:
+                break
+            kept.remove(names.index(name))
+        return kept
 
 
 def _slowed(done: PrecopyRound) -> str:

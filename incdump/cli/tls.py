@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from incdump.cli.completion import files
 from incdump.model.options import TlsFiles
 
 if TYPE_CHECKING:
@@ -20,10 +21,18 @@ def tls_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--tls-no-cn-verify", is_flag=True, help="Let the server's certificate name another host than --address."
         ),
-        click.option("--tls-cacrl", metavar="FILE", help="Certificates that the authority has taken back."),
-        click.option("--tls-key", metavar="FILE", help=f"The private key. [default: {_DEFAULTS.key}]"),
-        click.option("--tls-cert", metavar="FILE", help=f"The own certificate. [default: {_DEFAULTS.cert}]"),
-        click.option("--tls-cacert", metavar="FILE", help=f"The authority's. [default: {_DEFAULTS.cacert}]"),
+        click.option(
+            "--tls-cacrl", metavar="FILE", shell_complete=files, help="Certificates that the authority has taken back."
+        ),
+        click.option(
+            "--tls-key", metavar="FILE", shell_complete=files, help=f"The private key. [default: {_DEFAULTS.key}]"
+        ),
+        click.option(
+            "--tls-cert", metavar="FILE", shell_complete=files, help=f"The own certificate. [default: {_DEFAULTS.cert}]"
+        ),
+        click.option(
+            "--tls-cacert", metavar="FILE", shell_complete=files, help=f"The authority's. [default: {_DEFAULTS.cacert}]"
+        ),
         click.option("--tls", is_flag=True, help="Encrypt; both ends show a certificate (files in PEM)."),
     ):
         function = option(function)

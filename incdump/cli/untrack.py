@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from incdump.cli.completion import processes
 from incdump.cli.invocation import Command, Invocation, json_option, output, print_json, verbose_option
 
 _EXAMPLE = """\b
@@ -14,7 +15,7 @@ Examples:
 
 
 @click.command("untrack", cls=Command, epilog=_EXAMPLE)
-@click.argument("pid", type=click.IntRange(min=1), required=False, metavar="PID")
+@click.argument("pid", type=click.IntRange(min=1), required=False, metavar="PID", shell_complete=processes)
 @click.option("--all", "every", is_flag=True, help="Every process that this user tracks.")
 @json_option
 @verbose_option

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from incdump.criu.program import Criu
     from incdump.engine.conversation import Conversation
     from incdump.engine.listener import Client, Listener
-    from incdump.engine.page_server import SessionReport
+    from incdump.engine.page_server import Arriving, SessionReport
     from incdump.model.stats import RestoreResult
 
 _PAGES_WAITING = 8
@@ -163,6 +163,11 @@ class Arrival:
         self._restored: RestoreResult | None = None
         self._warning: str | None = None
         self._was_begun = False  # the hook has been called
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """The round that is coming in, and how far it is."""
+        return self._sessions.arriving
 
     def knows(self, client: Client) -> bool:
         """Whether a client has shown the token."""

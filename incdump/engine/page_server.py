@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,7 @@ class SessionReport:
     :ivar pages: pages that came, 4096 bytes each.
     :ivar holes: pages that were left to the parent images.
     :ivar punched: bytes that the parent images gave back.
+    :ivar seconds: how long it took.
     :ivar error: why it broke, or None.
     :ivar warning: what went wrong after the images were whole, or None.
     """
@@ -100,8 +102,23 @@ class SessionReport:
     pages: int = 0
     holes: int = 0
     punched: int = 0
+    seconds: float = 0.0
     error: IncdumpError | None = None
     warning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """A session that is under way.
+
+    :ivar client: address and port.
+    :ivar images_dir: where its images go.
+    :ivar bytes: that have come so far, as they were sent.
+    """
+
+    client: str
+    images_dir: str
+    bytes: int
 
 
 class Sessions:
@@ -131,6 +148,15 @@ class Sessions:
         compression.available()
         self._done = 0  # sessions that have their directory, those of earlier runs included
         self.was_serving = False
+        self._under_way: tuple[str, Path, ReceivedImages | StoredImages] | None = None
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """The session that is under way, and how far it is."""
+        if self._under_way is None:
+            return None
+        client, path, receiver = self._under_way
+        return Arriving(client, str(path), receiver.bytes_arrived)
 
     def prepare(self) -> None:
         """Find out how far earlier sessions have come, and whether there can be more. Blocks.
@@ -193,19 +219,23 @@ class Sessions:
         if client.error is not None or client.connection is None:
             return SessionReport(client.name, None, error=client.error)
         path, parent = self._place(number)
+        began = time.monotonic()
         try:
             images = NewImagesDir.create(path, parent)
             receiver: ReceivedImages | StoredImages | None = None
             try:
                 above = None if images.parent is None else ImagesDir(images.parent)
                 receiver = self._receiver(client, images, above)
+                self._under_way = client.name, path, receiver
                 received = self._run(client, receiver)
             except BaseException:
                 (receiver or images).discard()
                 raise
         except IncdumpError as error:
             return SessionReport(client.name, None, error=error)
-        return _report(client.name, path, received, self._dedup(receiver))
+        finally:
+            self._under_way = None
+        return _report(client.name, path, received, self._dedup(receiver), time.monotonic() - began)
 
     def _receiver(self, client: Client, images: NewImagesDir, above: ImagesDir | None) -> ReceivedImages | StoredImages:
         kind = StoredImages if client.first == OFFER else ReceivedImages
@@ -263,6 +293,11 @@ class PageServer:
         """Whether a client's session was under way when it was cancelled."""
         return self._sessions.was_serving
 
+    @property
+    def arriving(self) -> Arriving | None:
+        """The session that is under way, and how far it is; None without one."""
+        return self._sessions.arriving
+
     async def __aenter__(self) -> Self:
         """Begin to listen.
 
@@ -313,7 +348,7 @@ def numbered(path: Path) -> list[str]:
     return [name for name in os.listdir(path) if name.isascii() and name.isdecimal()]
 
 
-def _report(client: str, path: Path, received: Received, warning: str | None) -> SessionReport:
+def _report(client: str, path: Path, received: Received, warning: str | None, seconds: float) -> SessionReport:
     return SessionReport(
         client,
         str(path),
@@ -321,5 +356,6 @@ def _report(client: str, path: Path, received: Received, warning: str | None) ->
         pages=received.pages,
         holes=received.holes,
         punched=received.punched,
+        seconds=seconds,
         warning=warning,
     )

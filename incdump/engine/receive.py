@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from incdump.criu.program import Criu
     from incdump.engine.conversation import Conversation
     from incdump.engine.listener import Client
-    from incdump.engine.page_server import SessionReport
+    from incdump.engine.page_server import Arriving, SessionReport
 
 _REMEMBERED = 64
 """Arrivals whose outcome can still be asked for."""
@@ -87,6 +87,11 @@ class Receiver:
     def port(self) -> int:
         """Where it listens."""
         return self._listener.port
+
+    @property
+    def arriving(self) -> Arriving | None:
+        """The round that is coming in, and how far it is; None without one."""
+        return None if self._current is None else self._current.arriving
 
     async def __aenter__(self) -> Self:
         """Begin to listen.

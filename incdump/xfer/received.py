@@ -143,12 +143,21 @@ class ReceivedImages:
         self._parent = parent
         self._left = max_bytes
         self._open: _Open | None = None
+        self._bytes_before = 0  # of the images that are complete
         self._done: dict[Image, str] = {}
 
     @property
     def current(self) -> Image | None:
         """The image that is being received."""
         return None if self._open is None else self._open.image
+
+    @property
+    def bytes_arrived(self) -> int:
+        """Bytes of pages that have come so far; any thread may ask."""
+        current = self._open
+        with suppress(OSError):
+            return self._bytes_before + (0 if current is None else os.stat(current.pages_path).st_size)
+        return self._bytes_before
 
     @property
     def pages_path(self) -> str:
@@ -238,7 +247,9 @@ class ReceivedImages:
             return
         self._write_rows(self._open)
         self._done[self._open.image] = self._open.name
+        arrived = self.bytes_arrived
         self._close()
+        self._bytes_before = arrived
 
     def finish(self) -> Received:
         """Everything has come: give the images their names.

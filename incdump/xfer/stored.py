@@ -64,6 +64,7 @@ class StoredImages:
     """The images of one session. Methods may be called from several threads.
 
     :ivar received: what has come; counted at the end.
+    :ivar bytes_arrived: what has come so far, as it was sent: blocks may be compressed.
     """
 
     def __init__(self, images: NewImagesDir, parent: ImagesDir | None, *, max_bytes: int | None = None) -> None:
@@ -74,6 +75,7 @@ class StoredImages:
         :param max_bytes: that may come; more is refused.
         """
         self.received = Received()
+        self.bytes_arrived = 0
         self._images = images
         self._parent = parent
         self._left = max_bytes
@@ -98,6 +100,7 @@ class StoredImages:
         :raises XferError: these are more than was allowed.
         """
         with self._lock:
+            self.bytes_arrived += size
             if self._left is not None:
                 self._left -= size
                 if self._left < 0:

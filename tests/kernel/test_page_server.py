@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import signal
 import socket
 import threading
@@ -291,3 +293,67 @@ def test_what_cannot_be_served_is_refused_at_once(images_root: Path) -> None:
         port = taken.getsockname()[1]
         refused(command.incdump("page-server", "-D", images_root / "2", "--port", port), 8, f"port {port}", "in use")
     assert not (images_root / "2").exists()
+
+
+@contextmanager
+def on_a_terminal(*options: object) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+    """A page server whose stderr is a terminal; it, its port, and the terminal's other end."""
+    ours, theirs = os.openpty()
+    server = command.start("page-server", *options, stderr=theirs)
+    os.close(theirs)
+    try:
+        yield server, int(read_until(server.stdout, b"\n").split()[-1]), ours
+    finally:
+        server.kill()
+        server.communicate()
+        os.close(ours)
+
+
+def read_terminal(fd: int, seconds: float) -> bytes:
+    """What comes on a terminal within so long."""
+    got, until = b"", time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if select.select([fd], [], [], left)[0]:
+            try:
+                got += os.read(fd, 4096)
+            except OSError:  # the other end is closed
+                return got
+    return got
+
+
+def test_what_is_coming_in_is_shown_on_a_terminal(images_root: Path) -> None:
+    with on_a_terminal("-D", images_root, "--rounds", 1) as (server, port, terminal):
+        with PageClient.connect(port) as client:
+            client.open(process(PID))
+            client.pages(BASE, noise(512))
+            client.pages(BASE + 4096 * PAGE, noise(512))
+            shown = read_terminal(terminal, 1.5).decode()
+            lines = shown.split("\r\x1b[2K")
+            assert re.match(r"4\.0 MiB of 127\.0\.0\.1:\d+, [\d.]+ MiB/s, [\d.]+ s, into .*", lines[-1])
+            assert client.end() == bytes(4)
+        done = wait(server)
+        assert re.search(r"complete: 1,024 pages of 1 image into .*/1 \(4\.0 MiB in [\d.]+ s\)", done.out)
+        assert read_terminal(terminal, 0.5).decode().endswith("\r\x1b[2K")
+
+
+def test_who_wants_quiet_has_it(images_root: Path) -> None:
+    ours, theirs = os.openpty()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ready, told = os.pipe()
+    options = ("-q", "-D", images_root, "--rounds", 1, "--port", port, "--status-fd", told)
+    server = command.start("page-server", *options, stderr=theirs, pass_fds=[told])
+    os.close(theirs)
+    os.close(told)
+    assert os.read(ready, 1) == b"\0"
+    with PageClient.connect(port) as client:
+        client.open(process(PID))
+        client.pages(BASE, noise(512))
+        assert read_terminal(ours, 1.2) == b""
+        assert client.end() == bytes(4)
+    done = wait(server)
+    assert (done.code, done.out) == (0, "")
+    assert read_terminal(ours, 0.2) == b""
+    assert len(incdump.check(images_root / "1").levels) == 1
+    os.close(ours)
+    os.close(ready)

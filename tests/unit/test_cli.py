@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -444,9 +445,8 @@ async def test_progress_is_shown_when_it_takes_long_and_gone_afterwards(
         await asyncio.sleep(0)
         await asyncio.sleep(0.01)
         assert progress._live is not None
-        assert str(progress._renderable().text).startswith(
-            "dumping: 5,000 pages scanned, 256 written (1.0 MiB), 3 left"
-        )
+        shown = str(progress._renderable().text)
+        assert re.fullmatch(r"dumping, 0\.\d s: 5,000 pages scanned, 256 written \(1\.0 MiB\), 3 left to .*", shown)
     assert not progress._live.is_started
     assert capsys.readouterr().out == ""
 
@@ -467,7 +467,7 @@ async def test_a_check_that_takes_long_says_what_it_is_at(monkeypatch: pytest.Mo
     waiting = Waiting("comparing every page")
     with waiting.shown():
         await asyncio.sleep(0.01)
-        assert str(waiting._renderable().text).startswith("comparing every page: 0.")
+        assert str(waiting._renderable().text).startswith("comparing every page, 0.")
     assert capsys.readouterr().out == ""
 
 
