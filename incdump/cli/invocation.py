@@ -29,11 +29,13 @@ class Invocation:
     :ivar json: print one JSON object on stdout, and nothing else.
     :ivar verbosity: how often ``-v`` was given.
     :ivar quiet: print no results in text, and show no progress.
+    :ivar arguments: all that stood on the command line after the program's name.
     """
 
     json: bool = False
     verbosity: int = 0
     quiet: bool = False
+    arguments: tuple[str, ...] = ()
 
     @property
     def shows_progress(self) -> bool:

@@ -95,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str] | None) -> int:
-    invocation = Invocation()
+    invocation = Invocation(arguments=tuple(sys.argv[1:] if args is None else args))
     try:
         check_page_size()
         code = command_line.main(args, prog_name="incdump", standalone_mode=False, obj=invocation)

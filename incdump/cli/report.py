@@ -7,7 +7,9 @@ before anything is done to the target; the library that draws is loaded in the e
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import incdump
 from incdump.cli.completion import files
+from incdump.cli.invocation import Invocation
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
@@ -48,12 +52,43 @@ class LastDump:
         return sum(part.microseconds for part in self.parts) / 1e6
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a report comes from.
+
+    :ivar host: the host's name, its kernel and machine.
+    :ivar date: when the loop began, with the offset of its time zone.
+    :ivar command: as it was given.
+    :ivar version: incdump's.
+    """
+
+    host: str
+    date: str
+    command: str
+    version: str
+
+    @classmethod
+    def now(cls, arguments: Sequence[str]) -> Origin:
+        """Of a command that begins now.
+
+        :param arguments: what stood on the command line after the program's name.
+        """
+        name = os.uname()
+        return cls(
+            host=f"{name.nodename} ({name.sysname} {name.release}, {name.machine})",
+            date=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            command=shlex.join(("incdump", *arguments)),
+            version=incdump.__version__,
+        )
+
+
 @dataclass(slots=True)
 class Record:
     """A pre-copy loop, as it was told of.
 
     :ivar pid: the root of the tree.
     :ivar comm: its command name.
+    :ivar origin: where and when it was made, and by what command.
     :ivar rounds: the pre-dumps.
     :ivar decisions: what was decided after each.
     :ivar written: which mappings each dump wrote, that of each round and that of the last dump if there was one.
@@ -66,6 +101,7 @@ class Record:
     pid: int
     comm: str
     policy: PrecopyPolicy
+    origin: Origin
     rounds: list[PrecopyRound] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     written: list[list[MappingWrites]] = field(default_factory=list)
@@ -87,9 +123,14 @@ class Report:
     :ivar path: the file; None once it turned out that it cannot be written.
     """
 
-    def __init__(self, path: str, file_format: str) -> None:
+    def __init__(self, path: str, file_format: str, arguments: Sequence[str] = ()) -> None:
+        """
+        :param file_format: one of `FORMATS`.
+        :param arguments: of the command that makes it.
+        """
         self.path: str | None = path
         self._format = file_format
+        self._arguments = arguments
         self._record: Record
 
     @contextmanager
@@ -98,7 +139,7 @@ class Report:
 
         :param warn: told why there is no report. It is no reason to fail: what was to be done to the target is done.
         """
-        self._record = Record(pid, comm, policy)
+        self._record = Record(pid, comm, policy, Origin.now(self._arguments))
         try:
             yield
         except BaseException as error:
@@ -164,7 +205,7 @@ def _replace(path: str, data: bytes) -> None:
         raise
 
 
-def _take_report(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> Report | None:
+def _take_report(ctx: click.Context, parameter: click.Parameter, value: str | None) -> Report | None:
     """The option's value, once it is sure that there can be such a report."""
     if value is None:
         return None
@@ -189,7 +230,7 @@ def _take_report(_ctx: click.Context, parameter: click.Parameter, value: str | N
         raise IncdumpError(
             f"--report needs {_LIBRARY}, which is not installed: in incdump's checkout, pip install '.[report]'"
         )
-    return Report(path, file_format)
+    return Report(path, file_format, ctx.ensure_object(Invocation).arguments)
 
 
 report_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(

@@ -1,6 +1,7 @@
 """The picture of a report: four charts over one time axis, drawn by matplotlib.
 
-    bytes written       a bar for each round, as wide as the round was long
+    bytes written       by each round, and what was left in the end of it: bars from 0, as wide as the rounds were long;
+                        or, where they differ too much, dots on a logarithmic scale, on which no bar has a length
     rates               written by the target, copied by incdump
     downtime            estimated after each round, against what is allowed; and the true one
     heat map            mappings × rounds
@@ -14,6 +15,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import textwrap
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +33,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from incdump.cli.report import Record
+    from incdump.model.precopy import PrecopyRound
 
 ROWS = 30
 """Mappings in the heat map."""
 _DPI = 130
 _LEFT, _PLOT, _CHART, _GAP, _ROW = 1.0, 8.6, 1.75, 0.42, 0.2
-_TOP, _BOTTOM = 1.05, 1.35
+_UNTITLED, _HEAD, _LINE, _BOTTOM = 0.35, 1.05, 0.17, 1.35
+"""Heights: above the charts without a title and with one, of each further line of that, and below the charts."""
+_COMMAND_LENGTH = 150
+"""Characters of a line of the command."""
+_COMMAND_LINES = 4
 _STRIP = 0.3
 """Width of the last dump's column."""
 _LABEL_SIZE = 7.0
@@ -44,7 +51,7 @@ _LABEL_CHARACTER = 0.65 * _LABEL_SIZE / 72
 """Width of a character of a monospaced font, of which some are wider than others, and pixels are whole."""
 _MANY = 80
 """Rounds, from which on each has no mark of its own."""
-_TOO_MANY_BARS = 300
+_TOO_MANY_NUMBERS = 300
 _LOG_FROM = 30.0
 """Ratio of the largest to the smallest value from which on the axis is logarithmic."""
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3b75af", "#d9701a", "#2a8c55", "#c22f3d", "#666666"
@@ -63,10 +70,11 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-def picture(record: Record, file_format: str) -> bytes:
+def picture(record: Record, file_format: str, *, titled: bool = True) -> bytes:
     """Draw a report.
 
     :param file_format: ``"svg"`` or ``"png"``.
+    :param titled: whether it is to say what it is; a page that does has no need of it.
     """
     # It would say that it makes its list of fonts, that it cannot keep it, that a name's character is in none of them.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -77,26 +85,29 @@ def picture(record: Record, file_format: str) -> bytes:
         with mpl.rc_context(_SETTINGS):
             out = io.BytesIO()
             metadata = {"Date": None} if file_format == "svg" else None
-            draw(record).savefig(out, format=file_format, dpi=_DPI, metadata=metadata)
+            draw(record, titled=titled).savefig(out, format=file_format, dpi=_DPI, metadata=metadata)
             return out.getvalue()
 
 
-def draw(record: Record) -> Figure:
+def draw(record: Record, *, titled: bool = True) -> Figure:
     """The figure, under the settings of `picture`."""
     from matplotlib.figure import Figure
 
     heat = heat_map(record.written, ROWS)
     rows = max(len(heat.labels), 3)
     right = max(2.4, _STRIP + 0.35 + max(map(len, heat.labels), default=0) * _LABEL_CHARACTER)
-    size = (_LEFT + _PLOT + right, _TOP + 3 * (_CHART + _GAP) + 0.1 + rows * _ROW + _BOTTOM)
+    origin = origin_lines(record) if titled else []
+    head = _HEAD + _LINE * len(origin) if titled else _UNTITLED
+    top = head + 3 * (_CHART + _GAP) + 0.1
+    size = (_LEFT + _PLOT + right, top + rows * _ROW + _BOTTOM)
     figure = Figure(figsize=size, facecolor="white")
-    _title(figure, record, size)
+    if titled:
+        _title(figure, record, origin, size)
     place = _Places(figure, size)
-    charts = [place.add(_LEFT, _TOP + n * (_CHART + _GAP), _PLOT, _CHART) for n in range(3)]
+    charts = [place.add(_LEFT, head + n * (_CHART + _GAP), _PLOT, _CHART) for n in range(3)]
     for axes, chart in zip(charts, (_bytes, _rates, _downtimes), strict=True):
         chart(axes, record)
         axes.tick_params(labelbottom=False)
-    top = _TOP + 3 * (_CHART + _GAP) + 0.1
     map_axes = place.add(_LEFT, top, _PLOT, rows * _ROW)
     _heat(map_axes, place, record, heat, top, rows * _ROW)
     for axes in (*charts, map_axes):
@@ -126,6 +137,8 @@ def title_lines(record: Record) -> tuple[str, str]:
     head = f"Pre-copy of process {record.pid} ({record.comm}){tree}"
     rounds = count_text(len(record.rounds), "round", "rounds")
     text = f"tracker {record.tracker}, {rounds} in {_seconds(record.rounds[-1].ended)}" if record.rounds else ""
+    if record.rounds and record.rounds[-1].bytes_deferred:
+        text += f", {bytes_text(record.rounds[-1].bytes_deferred)} written in every round and left for last"
     if record.failure is not None:
         text += ", then no last dump"
     elif record.last is not None:
@@ -134,50 +147,86 @@ def title_lines(record: Record) -> tuple[str, str]:
     return one_line(head), one_line(text)
 
 
-def _title(figure: Figure, record: Record, size: tuple[float, float]) -> None:
+def origin_lines(record: Record) -> list[str]:
+    """Where, when and by what it was made; the command, if it is long, on several lines."""
+    origin = record.origin
+    command = textwrap.wrap(one_line(origin.command), _COMMAND_LENGTH, subsequent_indent="    ")
+    if len(command) > _COMMAND_LINES:
+        command = [*command[: _COMMAND_LINES - 1], "    …"]
+    return [one_line(f"on {origin.host}, {origin.date}, by incdump {origin.version}"), *command]
+
+
+def _title(figure: Figure, record: Record, origin: Sequence[str], size: tuple[float, float]) -> None:
     head, text = title_lines(record)
     x = _LEFT / size[0]
     figure.text(x, 1 - 0.22 / size[1], head, ha="left", va="top", fontsize=14, fontweight="bold")
     figure.text(x, 1 - 0.52 / size[1], text, ha="left", va="top", fontsize=10, color="#333333")
+    for n, line in enumerate(origin):
+        y = 1 - (0.78 + _LINE * n) / size[1]
+        shown = line.replace("  ", "\u00a0\u00a0")
+        figure.text(x, y, shown, ha="left", va="top", fontsize=8, color=_GREY)
 
 
 # -- the charts ------------------------------------------------------------------------------------------------------
 
 
 def _bytes(axes: Axes, record: Record) -> None:
-    """Bars of the bytes that each round wrote."""
-    rounds = record.rounds
-    sizes = [r.bytes_written for r in rounds]
+    """What each round wrote, and what was left in its end."""
+    axes.set_title("written to the images by each round, and left to copy in the end of it", loc="left", fontsize=10)
+    left = _left_to_copy(record)
+    written = [r.bytes_written for r in record.rounds]
     last = [] if record.last is None else [record.last.bytes_written]
-    axes.set_title("written to the images, by round", loc="left", fontsize=10)
-    low = _byte_axis(axes, [*sizes, *last], from_zero=True)
-    if len(rounds) > _TOO_MANY_BARS:
-        edges = [*(r.started for r in rounds), rounds[-1].ended]
-        axes.stairs(np.maximum(sizes, low), np.array(edges), baseline=low, fill=True, color=_BLUE, label="rounds")
-    else:
-        for throttled, colour, label in ((False, _BLUE, "rounds"), (True, _ORANGE, "rounds, target slowed down")):
-            some = [r for r in rounds if bool(r.throttled) == throttled]
-            if some:
-                heights = [max(0.0, r.bytes_written - low) for r in some]
-                edge = "white" if len(rounds) <= _MANY else colour
-                look: dict[str, Any] = {"align": "edge", "bottom": low, "color": colour, "edgecolor": edge, "lw": 0.6}
-                axes.bar([r.started for r in some], heights, [r.seconds for r in some], label=label, **look)
-        _number_bars(axes, record)
+    is_linear = _byte_axis(axes, [*written, *last, *(value for _, value in left)])
+    for throttled, colour, label in ((False, _BLUE, "rounds"), (True, _ORANGE, "rounds, target slowed down")):
+        some = [r for r in record.rounds if bool(r.throttled) == throttled]
+        if some:
+            (_bars if is_linear else _dots)(axes, some, colour, label, many=len(record.rounds) > _MANY)
+    if len(record.rounds) <= _TOO_MANY_NUMBERS:
+        _number_rounds(axes, record)
+    if left:
+        times, values = zip(*left, strict=True)
+        axes.plot(times, values, color=_GREY, marker="v", ms=4, lw=0, label="left, if it were stopped then")
     if record.last is not None:
-        at, width, height = record.last.at, record.last.downtime, max(0.0, record.last.bytes_written - low)
-        axes.bar(
-            [at], [height], [width], color=_RED, align="edge", bottom=low, edgecolor=_RED, lw=1.5, label="last dump"
-        )
+        middle = record.last.at + record.last.downtime / 2
+        text = f"last dump: {bytes_text(record.last.bytes_written)}"
+        axes.plot([middle], last, "D", color=_RED, ms=6, label=text, clip_on=False, zorder=5)
     _legend(axes)
 
 
-def _number_bars(axes: Axes, record: Record) -> None:
+def _left_to_copy(record: Record) -> list[tuple[float, int]]:
+    """What a stop would have had to copy in the end of each round, where that is known: also what was left out of the
+    rounds because it is written in every one."""
+    return [
+        (r.ended, d.estimate.dirty_bytes)
+        for r, d in zip(record.rounds, record.decisions, strict=True)
+        if d.estimate.dirty_bytes is not None
+    ]
+
+
+def _bars(axes: Axes, rounds: Sequence[PrecopyRound], colour: str, label: str, *, many: bool) -> None:
+    """Bars from 0, as wide as the rounds were long."""
+    look: dict[str, Any] = {"align": "edge", "color": colour, "edgecolor": colour if many else "white", "lw": 0.6}
+    axes.bar(
+        [r.started for r in rounds], [r.bytes_written for r in rounds], [r.seconds for r in rounds], label=label, **look
+    )
+
+
+def _dots(axes: Axes, rounds: Sequence[PrecopyRound], colour: str, label: str, *, many: bool) -> None:
+    """A dot in the middle of each round, on a line as long as the round was; on the edge, if it wrote nothing."""
+    low = axes.get_ylim()[0]
+    heights = [max(float(r.bytes_written), low) for r in rounds]
+    axes.hlines(heights, [r.started for r in rounds], [r.ended for r in rounds], color=colour, lw=1.0 if many else 1.6)
+    middles = [r.started + r.seconds / 2 for r in rounds]
+    axes.plot(middles, heights, color=colour, marker="o", ms=2 if many else 4, lw=0, label=label, clip_on=False)
+
+
+def _number_rounds(axes: Axes, record: Record) -> None:
     """The rounds' numbers, where they fit."""
     for r in record.rounds:
         if r.seconds > record.ended * 0.018 and r.bytes_written:
             middle = r.started + r.seconds / 2
             axes.annotate(
-                str(r.number), (middle, r.bytes_written), (0, 2), textcoords="offset points", ha="center", fontsize=7
+                str(r.number), (middle, r.bytes_written), (0, 4), textcoords="offset points", ha="center", fontsize=7
             )
 
 
@@ -276,7 +325,7 @@ def _heat(axes: Axes, place: _Places, record: Record, heat: HeatMap, top: float,
 
 
 def _heat_title(heat: HeatMap) -> str:
-    shown = len(heat.labels) - bool(heat.left_out)
+    shown = len(heat.labels) - bool(heat.left_out) - bool(heat.idle)
     which = f"the {shown} mappings written most after the first round" if heat.left_out else "mappings"
     return f"{which}, and when they were written"
 
@@ -307,28 +356,27 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.005, 1.03), frameon=False, fontsize=8.5, borderaxespad=0.2)
 
 
-def _byte_axis(axes: Axes, values: Sequence[float], per: str = "", *, from_zero: bool = False) -> float:
+def _byte_axis(axes: Axes, values: Sequence[float], per: str = "") -> bool:
     """Scale the y axis for bytes: from nothing on, or by powers of two where they differ too much.
 
-    :param from_zero: whether the values are bars, of which something has to be seen.
-    :returns: where the axis begins.
+    :returns: whether it begins with nothing, so that lengths can be compared.
     """
     seen = [float(value) for value in values if value > 0]
     if not seen:
         axes.set_ylim(0, 1)
         axes.set_yticks([0], labels=[f"0 B{per}"])
-        return 0.0
+        return True
     least, most = min(seen), max(seen)
     if most / least <= _LOG_FROM:
         _set_ticks(axes, _round_bytes(most), lambda value: _bytes_tick(value) + per)
         axes.set_ylim(0, most * 1.12)
-        return 0.0
-    low, high = math.floor(math.log2(least)) - from_zero, math.ceil(math.log2(most))
+        return True
+    low, high = math.floor(math.log2(least)), math.ceil(math.log2(most))
     step = max(1, math.ceil((high - low) / 5))
     axes.set_yscale("log", base=2)
     _set_ticks(axes, [2.0**n for n in range(low, high + 1, step)], lambda value: _bytes_tick(value) + per)
-    axes.set_ylim(2.0**low, most * 1.7)
-    return 2.0**low
+    axes.set_ylim(2.0**low / 1.3, most * 1.9)
+    return False
 
 
 def _bytes_tick(value: float) -> str:

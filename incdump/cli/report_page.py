@@ -9,7 +9,7 @@ from incdump.cli.invocation import one_line
 from incdump.cli.report_figure import picture, title_lines
 from incdump.cli.report_rows import heat_map
 from incdump.cli.rounds import allowed_text, part_texts, round_texts
-from incdump.cli.text import time_text
+from incdump.cli.text import bytes_text, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +21,8 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff; margin: 2em auto;
        max-width: 90em; padding: 0 1.5em; }
 h1 { font-size: 1.5em; margin-bottom: 0; } h2 { font-size: 1.15em; margin: 2em 0 0.5em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1em 1em; color: #555; font-size: 0.9em; }
+dd { margin: 0; overflow-wrap: anywhere; }
 p { margin: 0.3em 0; } .failure { color: #a01420; }
 svg { width: 100%; height: auto; margin-top: 1em; }
 .wide { overflow-x: auto; }
@@ -33,35 +35,49 @@ th { border-bottom: 2px solid #bbb; } .text { text-align: left; } td.text.code {
 def page(record: Record) -> str:
     """The whole page."""
     head, text = (html.escape(line) for line in title_lines(record))
-    svg = picture(record, "svg").decode()
+    svg = picture(record, "svg", titled=False).decode()
     failure = "" if record.failure is None else f'<p class="failure">{html.escape(one_line(record.failure))}</p>'
     sections = [
-        f"<h1>{head}</h1>\n<p>{text}</p>{failure}",
+        f"<h1>{head}</h1>\n<p>{text}</p>{failure}\n{_origin(record)}",
         svg[svg.index("<svg") :],
         f"<h2>Rounds</h2>\n{_rounds(record)}",
         _last_dump(record),
         f"<h2>Mappings</h2>\n{_mappings(record)}",
     ]
+    tab = html.escape(one_line(f"incdump: {record.comm} ({record.pid})"))
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        f"<title>{head}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{tab}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
 
 
+def _origin(record: Record) -> str:
+    """Where, when and by what it was made."""
+    origin = record.origin
+    rows = (("host", origin.host), ("date", origin.date), ("command", origin.command), ("incdump", origin.version))
+    lines = "\n".join(f"<dt>{name}</dt><dd>{html.escape(one_line(value))}</dd>" for name, value in rows)
+    return f"<dl>\n{lines}\n</dl>"
+
+
 def _rounds(record: Record) -> str:
     headings = (
         *("round", "began", "pages", "bytes", "time", "written/s", "copied/s", "stopped now"),
-        *(f"of {allowed_text(record.policy)}", "slowed by", "what was decided"),
+        *(f"of {allowed_text(record.policy)}", "left to copy", "of it in every round", "slowed by", "what was decided"),
     )
     rows = []
     for done, decision in zip(record.rounds, record.decisions, strict=True):
         number, *texts, share = round_texts(done, decision, record.policy)
         slowed = f"{done.throttled:.0%}" if done.throttled else ""
-        rows.append((number, time_text(int(done.started * 1e6)), *texts, share, slowed, decision.why))
+        dirty = decision.estimate.dirty_bytes
+        left = (
+            "" if dirty is None else bytes_text(dirty),
+            bytes_text(done.bytes_deferred) if done.bytes_deferred else "",
+        )
+        rows.append((number, time_text(int(done.started * 1e6)), *texts, share, *left, slowed, decision.why))
     return _table(headings, rows, text=(len(headings) - 1,))
 
 
@@ -71,7 +87,9 @@ def _last_dump(record: Record) -> str:
         return ""
     whole = sum(part.microseconds for part in last.parts)
     rows = [part_texts(part, whole) for part in last.parts]
-    began = f"<p>It began {time_text(int(last.at * 1e6))} after the loop.</p>"
+    began = (
+        f"<p>It began {time_text(int(last.at * 1e6))} after the loop, and wrote {bytes_text(last.bytes_written)}.</p>"
+    )
     table = _table(("part", "time", "share", ""), [*rows, ("in all", time_text(whole), "", "")], text=(0, 3))
     return f"<h2>Downtime</h2>\n{began}\n{table}"
 

@@ -1,7 +1,8 @@
 """The heat map of a report: which mappings were written how much in which round.
 
 Mappings grow, shrink, and merge with their neighbours from round to round. What overlaps, in the same process and with
-the same name, is one row, from the lowest address to the highest.
+the same name, is one row, from the lowest address to the highest. What was not written again after the first dump,
+which writes everything, is one row together: it tells nothing of the rounds.
 """
 
 from __future__ import annotations
@@ -30,19 +31,21 @@ class HeatMap:
 
     :ivar labels: of the rows: process, addresses, name.
     :ivar pages: written, shape (rows, dumps), int64.
-    :ivar left_out: how many mappings have no row of their own; if any, the last row is their sum.
+    :ivar left_out: how many mappings that were written later have no row of their own; if any, one row is their sum.
+    :ivar idle: how many were not written after the first dump; if more than one, the last row is their sum.
     """
 
     labels: list[str]
     pages: NDArray[np.int64]
     left_out: int
+    idle: int = 0
 
 
 def heat_map(written: Sequence[Sequence[MappingWrites]], limit: int) -> HeatMap:
     """The mappings that were written most after the first dump, which writes everything.
 
     :param written: what each dump wrote.
-    :param limit: rows at most, with that for all others.
+    :param limit: rows at most, with those for all others.
     """
     regions = _regions(written)
     pages = np.zeros((sum(map(len, regions.values())), len(written)), np.int64)
@@ -59,14 +62,21 @@ def heat_map(written: Sequence[Sequence[MappingWrites]], limit: int) -> HeatMap:
             row = first_of[m.pid, m.name] + at
             pages[row, n] += m.pages
             parts[row] = f"{m.pid} {one_line(m.comm)}", f"{int(spans[at, 0]):x}-{int(spans[at, 1]):x}", _short(m.name)
-    order = np.lexsort((pages.sum(axis=1), pages[:, 1:].sum(axis=1)))[::-1]
-    left_out = len(parts) - (limit - 1) if len(parts) > limit else 0
-    kept = order[: limit - 1] if left_out else order
-    labels = _aligned([parts[n] for n in kept.tolist()])
-    if not left_out:
-        return HeatMap(labels, pages[kept], 0)
-    others = pages[order[limit - 1 :]].sum(axis=0, keepdims=True)
-    return HeatMap([*labels, f"{left_out:,} others"], np.concatenate((pages[kept], others)), left_out)
+    later = pages[:, 1:].sum(axis=1)
+    order = np.lexsort((pages.sum(axis=1), later))[::-1]
+    idle = order[later[order] == 0] if pages.shape[1] > 1 else order[:0]
+    if len(idle) < 2:  # one mapping is as good a row as any
+        idle = idle[:0]
+    busy = order[: len(order) - len(idle)]
+    limit -= bool(len(idle))
+    others = busy[limit - 1 :] if len(busy) > limit else busy[:0]
+    kept = busy[: len(busy) - len(others)]
+    labels, rows = _aligned([parts[n] for n in kept.tolist()]), [pages[kept]]
+    for which, what in ((others, "others"), (idle, "mappings not written after the first round")):
+        if len(which):
+            labels.append(f"{len(which):,} {what}")
+            rows.append(pages[which].sum(axis=0, keepdims=True))
+    return HeatMap(labels, np.concatenate(rows), len(others), len(idle))
 
 
 def _regions(written: Sequence[Sequence[MappingWrites]]) -> dict[tuple[int, str], NDArray[np.uint64]]:

@@ -735,7 +735,9 @@ def test_the_command_leaves_a_report(churn: Callable[..., Target], images_root: 
         assert data.startswith(b"\x89PNG")
         return
     texts = list(ET.fromstring(data[data.index(b"<svg") : data.index(b"</svg>") + 6]).itertext())
-    assert any(text.startswith(f"Pre-copy of process {target.pid} (churn") for text in texts)
+    shown = data.decode() if name == "a.html" else "\n".join(texts)  # a page has its title above the picture
+    assert shown.count(f"Pre-copy of process {target.pid} (churn") == 1
+    assert f"incdump precopy -t {target.pid} " in shown
     rows = [text for text in texts if re.match(r"\d+ churn\S*\s+[0-9a-f]+-[0-9a-f]+\s+", text)]
     assert any(row.startswith(f"{target.pid} ") for row in rows)
     assert any("[stack]" in row or "(anonymous)" in row or "[heap]" in row for row in rows)
