@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from incdump.criu.hints import hint
 from incdump.errors import CriuError
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def spare(pid: int) -> None:
 
 
 def failure(criu: Criu, status: int, doing: str, log: Path, stderr: Path, **data: Any) -> CriuError:
-    """The error for a CRIU that has failed, with its own reason. A copy of its log is kept, and named.
+    """The error for a CRIU that has failed: its own reason, a hint where that is known (`incdump.criu.hints`).
+
+    A copy of its log is kept, and named.
 
     :param status: its exit status; negative for a signal.
     :param doing: what it was doing, after "failed".
@@ -100,7 +103,9 @@ def failure(criu: Criu, status: int, doing: str, log: Path, stderr: Path, **data
     :param data: the error's ``pid`` or ``path``.
     """
     how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-    return CriuError(f"{criu} {how} {doing}{_why(log, stderr)}{_kept(log)}", **data)
+    known = hint(_errors(log))
+    told = f"; hint: {known}" if known else ""
+    return CriuError(f"{criu} {how} {doing}{_why(log, stderr)}{told}{_kept(log)}", **data)
 
 
 def _kept(log: Path) -> str:
@@ -147,6 +152,8 @@ def _errors(log: Path) -> list[str]:
     except OSError:
         return []
     errors = [
-        re.sub(r"^(\([^)]*\)\s*)?(\d+:\s*)?Error \([^)]*\): *", "", line).strip() for line in lines if "Error (" in line
+        re.sub(r"^(pie: )?.*?Error \([^)]*\): *", lambda found: found[1] or "", line.strip()).strip()
+        for line in lines
+        if "Error (" in line
     ]
     return [error for error in dict.fromkeys(errors) if error and not error.startswith(_HARMLESS)]
