@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         ParentMismatch,
         ProcMismatch,
         ProtocolError,
+        ResourceLimit,
         TargetDenied,
         TargetError,
         TargetExited,
@@ -174,6 +175,7 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "XferError",
     "ConnectionLost",
     "ProtocolError",
+    "ResourceLimit",
 )
 
 _HOME = {

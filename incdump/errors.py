@@ -55,6 +55,7 @@ __all__ = (
     "ParentMismatch",
     "ProcMismatch",
     "ProtocolError",
+    "ResourceLimit",
     "TargetDenied",
     "TargetError",
     "TargetExited",
@@ -120,6 +121,25 @@ class InvalidOption(IncdumpError, ValueError):
 
 class UnsupportedPageSize(IncdumpError):
     """This kernel's pages are not of 4 KiB: pagemap would be read in the wrong places. Nothing was touched."""
+
+
+class ResourceLimit(IncdumpError):
+    """A limit of this process, its user or this machine is reached: of open files, of threads and processes.
+
+    :ivar limit: its name, ``"RLIMIT_NOFILE"`` for example; None where only the holder knows it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str | None = None,
+        pid: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message, pid=pid, path=path, errno=errno)
+        self.limit = limit
 
 
 class TargetError(IncdumpError):

@@ -22,6 +22,7 @@ from incdump.cli.invocation import Invocation, one_line
 from incdump.cli.signals import Stopped
 from incdump.errors import IncdumpError
 from incdump.proc.identity import check_page_size
+from incdump.proc.limits import limit_of, raise_open_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,12 +111,16 @@ def _run(args: Sequence[str] | None) -> int:
         invocation.fail(stopped, str(stopped))
         return stopped.exit_code
     except IncdumpError as error:
+        error = limit_of(error) or error
         invocation.fail(error, str(error))
         return error.exit_code
     except BrokenPipeError:
         return OTHER_ERROR  # nobody has read the whole of a help text
     except Exception as error:
-        return _unexpected(error, invocation)
+        if (limit := limit_of(error)) is None:
+            return _unexpected(error, invocation)
+        invocation.fail(limit, str(limit))
+        return limit.exit_code
     return code if isinstance(code, int) else 0
 
 
@@ -145,6 +150,7 @@ def _prepare_process() -> None:
     # each of them: half of NumPy's start-up time on two processors, more on more.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    raise_open_files()
     # Started with a closed standard stream, the next file opened would take its number, and messages would go there.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass

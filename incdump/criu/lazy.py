@@ -18,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from incdump.criu.program import UMASK, own_file, spare
+from incdump.proc.limits import as_before, starting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,10 +42,10 @@ class LazyCriu:
     ) -> None:
         self._on_end = on_end
         near, far = socket.socketpair()
-        with near, far, own_file(stderr) as said:
+        with near, far, own_file(stderr) as said, starting():
             near.sendall(_force_close(version))
             self._process = subprocess.Popen(
-                [*command, "--lazy-pages", "--ps-socket", str(far.fileno())],
+                as_before([*command, "--lazy-pages", "--ps-socket", str(far.fileno())]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,

@@ -32,6 +32,7 @@ from incdump.criu import leashed
 from incdump.criu.program import UMASK, own_file, spare
 from incdump.errors import LeashUnusable
 from incdump.model.regions import PageIs
+from incdump.proc.limits import as_before, starting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,10 +77,10 @@ class LeashedCriu:
         self.told: set[int] = set()
         calls = [(ARCH.sys_ioctl, PAGEMAP_SCAN)] + ([] if mappings is None else [(ARCH.sys_fcntl, fcntl.F_SETFD)])
         ours, theirs = socket.socketpair()
-        with ours, theirs, own_file(stderr) as said:
+        with ours, theirs, own_file(stderr) as said, starting():
             numbers = (theirs.fileno(), ARCH.sys_seccomp, ",".join(f"{call}:{argument}" for call, argument in calls))
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", leashed.__file__, *map(str, numbers), *command],
+                as_before([sys.executable, "-I", "-S", leashed.__file__, *map(str, numbers), *command]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,

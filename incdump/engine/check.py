@@ -37,6 +37,7 @@ from incdump.model.runs import (
 )
 from incdump.model.vmas import VmaKind
 from incdump.proc.lazy_memory import check_supplied
+from incdump.proc.limits import names_limits
 from incdump.proc.maps import read_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.pagemap import make_reader
@@ -98,6 +99,7 @@ def check(images_dir: str | os.PathLike[str]) -> ChainReport:
     return check_chain(ImagesDir(images_dir))
 
 
+@names_limits
 async def check_against(images_dir: str | os.PathLike[str], pid: int, *, freeze_timeout: float = 10.0) -> AgainstReport:
     """Freeze a process tree and compare every page of it with the images. It is let go afterwards as it was.
 

@@ -59,6 +59,7 @@ from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
 from incdump.proc.confinement import filtered, frozen_cgroup
 from incdump.proc.identity import is_same
+from incdump.proc.limits import names_limits
 from incdump.proc.mm_info import resident_bytes
 from incdump.proc.short_smaps import ShortSmaps
 from incdump.proc.tree import is_traced, process_tree
@@ -172,6 +173,7 @@ class CheckpointRun(DumpRun):
         """Whether the tree still stands at the gate: a CRIU that is killed there lets it run on."""
         return self._run is not None and self._run.is_running and all(is_traced(task.pid) for task in self.tasks())
 
+    @names_limits
     async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
         check_choice("way", way, WAYS)

@@ -47,6 +47,7 @@ from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import Identity, boot_id, signal_same
+from incdump.proc.limits import names_limits
 from incdump.proc.pagemap import make_reader
 from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
@@ -167,6 +168,7 @@ class DumpRun:
         if self._progress is not None:
             self._progress(step, self._stats)
 
+    @names_limits
     async def run(self) -> DumpResult:
         """Do it; see `predump` and `dump`."""
         began = time.monotonic_ns()

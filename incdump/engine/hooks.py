@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from incdump.errors import HookTimeout, MigrationError
+from incdump.errors import HookTimeout, MigrationError, ResourceLimit
+from incdump.proc.limits import as_before, starting
 
 if TYPE_CHECKING:
     from typing import IO
@@ -58,7 +59,7 @@ class Hook:
                 status = await self._run(env, stderr)
                 stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - _SAID))
                 said = stderr.read().decode(errors="replace").strip()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ResourceLimit) as error:
             raise MigrationError(f"the hook {name} cannot be run: {error}", pid=pid) from error
         reason = f": {said}" if said else ""
         if status is None:
@@ -79,14 +80,15 @@ class Hook:
 
     async def _run(self, env: dict[str, str], stderr: IO[bytes]) -> int | None:
         """Returns its exit status; None if it took too long."""
-        process = await anyio.open_process(
-            list(self.command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            env=env,
-            start_new_session=True,  # so that all of it can be ended, and a Ctrl-C is incdump's to handle
-        )
+        with starting():
+            process = await anyio.open_process(
+                as_before(self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                env=env,
+                start_new_session=True,  # so that all of it can be ended, and a Ctrl-C is incdump's to handle
+            )
         try:
             with anyio.move_on_after(self.timeout):
                 return await process.wait()

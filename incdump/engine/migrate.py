@@ -46,6 +46,7 @@ from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
 from incdump.proc.identity import signal_same
+from incdump.proc.limits import names_limits
 from incdump.proc.tree import check_target
 from incdump.xfer.control import MIGRATE, VERSION, Control
 from incdump.xfer.sockets import connect
@@ -104,6 +105,7 @@ class MigrateResult:
         return "" if self.decision is None else self.decision.why
 
 
+@names_limits
 async def migrate(
     pid: int,
     address: str,

@@ -35,6 +35,7 @@ from incdump.model.fields import check_choice
 from incdump.model.hot import HotPages
 from incdump.model.options import WAYS, DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
+from incdump.proc.limits import names_limits
 from incdump.tracking import soft_dirty
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class PrecopyResult:
         return "" if self.decision is None else self.decision.why
 
 
+@names_limits
 async def precopy(
     pid: int,
     images_dir: str | os.PathLike[str],

@@ -27,6 +27,7 @@ from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
 from incdump.proc.identity import check_own_proc, check_page_size
+from incdump.proc.limits import names_limits
 from incdump.xfer.block_server import hear_terms, tell
 from incdump.xfer.blocks import OFFER
 from incdump.xfer.control import MIGRATE, MOST_MESSAGE, MOST_UNKNOWN, VERSION, Control, TooMuch, encode_message
@@ -117,6 +118,7 @@ class Receiver:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._listener.__aexit__(*exc_info)
 
+    @names_limits
     async def serve(
         self,
         on_session: Callable[[SessionReport], None] | None = None,

@@ -28,6 +28,7 @@ from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
 from incdump.model.stats import RestoreResult
 from incdump.proc.identity import Identity, boot_id, check_own_proc, check_page_size, is_same, read_stat, signal_same
+from incdump.proc.limits import as_before, names_limits, starting
 from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ STATS = "stats-restore"
 _LOOK_SECONDS = 0.02
 
 
+@names_limits
 async def restore(
     images_dir: str | os.PathLike[str],
     *,
@@ -132,9 +134,10 @@ class HeldRestore:
         with (
             anyio.CancelScope(shield=True),  # who is cancelled here would never know of it
             self._pid_path.with_name(STDERR).open("wb") as said,
+            starting(),
         ):
             self._process = process = await anyio.open_process(
-                [*command, *options],
+                as_before([*command, *options]),
                 stdin=None,
                 stdout=None,
                 stderr=said,
@@ -246,8 +249,10 @@ async def _run(command: Sequence[str], stderr: Path) -> int:
 
     :param stderr: a file that takes what it says there.
     """
-    with stderr.open("wb") as said:
-        opened = await anyio.open_process(command, stdin=None, stdout=None, stderr=said, start_new_session=False)
+    with stderr.open("wb") as said, starting():
+        opened = await anyio.open_process(
+            as_before(command), stdin=None, stdout=None, stderr=said, start_new_session=False
+        )
     async with opened as process:
         try:
             return await process.wait()

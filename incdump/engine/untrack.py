@@ -7,10 +7,12 @@ from incdump.errors import NoSuchTarget
 from incdump.holder.client import forget
 from incdump.holder.wire import runtime_dir
 from incdump.proc.identity import check_own_proc
+from incdump.proc.limits import names_limits
 from incdump.proc.tree import process_tree
 from incdump.tracking.soft_dirty import SoftDirtyLog
 
 
+@names_limits
 async def untrack(pid: int | None) -> list[int]:
     """Give up the tracking that ``incdump predump`` and `incdump.predump` left with the holder.
 

@@ -33,6 +33,7 @@ from incdump.proc.identity import (
     open_identified,
     open_pidfd,
 )
+from incdump.proc.limits import limit_of, starting
 
 START_TIMEOUT = 10.0
 """Seconds within which a new holder has to answer."""
@@ -95,15 +96,16 @@ def _spawn(
     :param log: descriptor for what it may have to say before it dies.
     """
     code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from {module} import main; main()"
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", code, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=log,
-        pass_fds=pass_fds,
-        start_new_session=True,
-        cwd="/",
-    )
+    with starting():
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", code, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            pass_fds=pass_fds,
+            start_new_session=True,
+            cwd="/",
+        )
 
 
 def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
@@ -139,8 +141,10 @@ def connect() -> socket.socket | None:
         os.close(lock)
 
 
-def _unusable(error: OSError) -> errors.HolderError:
+def _unusable(error: OSError) -> errors.IncdumpError:
     """What to say of a runtime directory that cannot be used, or whose lock somebody keeps."""
+    if (limit := limit_of(error)) is not None:
+        return limit
     if isinstance(error, TimeoutError):
         said = f"{error.filename} is kept locked by another incdump: wait for that, or end it if it is stopped"
     else:
@@ -298,13 +302,19 @@ def ask(
     :raises incdump.errors.HolderError: also when it does not answer in time.
     """
     try:
-        wire.send(sock, message, fds_passed)
-        answer, fds = wire.receive(sock)
+        with contextlib.suppress(BrokenPipeError):  # it may have said why
+            wire.send(sock, message, fds_passed)
+        try:
+            answer, fds = wire.receive(sock)
+        except ConnectionResetError:  # it hung up without having read that, which is told before what it said
+            answer, fds = wire.receive(sock)
     except TimeoutError as error:
         holder, _ = wire.peer(sock)
         slow = f"the holder, process {holder}, does not answer; is it stopped? (kill -CONT {holder}, or kill -KILL)"
         raise errors.HolderError(slow, pid=pid, errno=errno.ETIMEDOUT) from error
     except (OSError, ValueError) as error:
+        if (limit := limit_of(error)) is not None:
+            raise limit from error
         gone = f"the holder process is gone ({error}); the next dump will be full"
         raise errors.HolderError(gone, pid=pid) from error
     if answer is None:

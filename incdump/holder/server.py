@@ -26,6 +26,7 @@ import selectors
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from incdump.errors import IncdumpError, TargetExited
 from incdump.freeze.inject import Held, inject_userfaultfd
 from incdump.holder import wire
 from incdump.proc.identity import has_ended, identify, pid_of
+from incdump.proc.limits import limit_is_near, limit_of, raise_open_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,6 +44,15 @@ if TYPE_CHECKING:
 LINGER = 5.0
 """Seconds without target and client after which the holder ends, unless it was told that no more are to come."""
 
+_FDS_LEFT = 24
+"""Descriptors that are left to talk with clients: one that gives up targets has to get in."""
+_NO_DESCRIPTORS = 0.1
+"""Seconds of rest where not even that can be said to a client."""
+_OTHER_NAMESPACE = {
+    "error": "this holder serves another pid namespace: give incdump a runtime directory of its own there",
+    "kind": "HolderError",
+    "errno": None,
+}
 _PR_SET_NAME = 15
 _FLAGS = uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -114,6 +125,7 @@ class Holder:
         self.clients: set[socket.socket] = set()
         self.linger = LINGER
         self.has_to_end = False
+        self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> None:
         """Serve until there is nothing left to hold."""
@@ -152,24 +164,45 @@ class Holder:
         wire.remove_traces(directory, self.inode)
 
     def _accept(self, listener: socket.socket) -> None:
-        client, _ = listener.accept()
-        pid, uid = wire.peer(client)
-        if uid != os.geteuid():
-            client.close()
+        try:
+            client, _ = listener.accept()
+        except OSError as error:
+            if limit_of(error) is not None:
+                self._refuse_for_want_of_descriptors(listener)
             return
-        if not wire.is_neighbour(pid):
-            other = "this holder serves another pid namespace: give incdump a runtime directory of its own there"
-            with contextlib.suppress(OSError):
-                wire.send(client, {"error": other, "kind": "HolderError", "errno": None})
+        try:
+            _, uid = wire.peer(client)
+            refusal = None if wire.is_neighbour(client) else _OTHER_NAMESPACE
+        except Exception as error:
+            refusal = _refusal(error)
+        if uid != os.geteuid() or refusal is not None:
+            if uid == os.geteuid() and refusal is not None:
+                self._send(client, refusal)
             client.close()
             return
         self.clients.add(client)
         self.selector.register(client, selectors.EVENT_READ, self._serve)
 
+    def _refuse_for_want_of_descriptors(self, listener: socket.socket) -> None:
+        """A client that cannot be taken on is told so, by way of the descriptor that is kept for that."""
+        os.close(self.spare)
+        try:
+            with listener.accept()[0] as client:
+                self._send(client, _refusal(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
+        except OSError:
+            time.sleep(_NO_DESCRIPTORS)
+        finally:
+            with contextlib.suppress(OSError):
+                self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
     def _serve(self, client: socket.socket) -> None:
         try:
             message, fds = wire.receive(client)
-        except (OSError, ValueError):
+        except OSError as error:
+            if limit_of(error) is not None and self._send(client, _refusal(error)):
+                return
+            message, fds = None, []
+        except ValueError:
             message, fds = None, []
         try:
             self._respond(client, message, fds)
@@ -183,17 +216,19 @@ class Holder:
             return
         try:
             answer, passed = self._answer(client, message, fds)
-        except IncdumpError as error:
-            answer, passed = {"error": str(error), "kind": type(error).__name__, "errno": error.errno}, ()
-        except OSError as error:
-            answer, passed = {"error": str(error), "kind": "OSError", "errno": error.errno}, ()
         except Exception as error:  # the targets of all other clients hang on this process
-            traceback.print_exc()
-            answer, passed = {"error": f"the holder failed: {error!r}", "kind": "HolderError", "errno": None}, ()
-        try:
-            wire.send(client, answer, passed)
-        except OSError:
+            answer, passed = _refusal(error), ()
+        if not self._send(client, answer, passed):
             self._drop(client)
+
+    @staticmethod
+    def _send(client: socket.socket, answer: dict[str, Any], fds: tuple[int, ...] = ()) -> bool:
+        """Whether it could be sent."""
+        try:
+            wire.send(client, answer, fds)
+        except OSError:
+            return False
+        return True
 
     def _drop(self, client: socket.socket) -> None:
         """A client is gone: what it acquired and did not commit is lost, and free for the next."""
@@ -244,6 +279,8 @@ class Holder:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} did not start then")
         if target is not None and target.owner not in (None, client):
             return {"error": f"another incdump is dumping process {pid}", "kind": "HolderError", "errno": 16}, ()
+        if target is None and limit_is_near(_FDS_LEFT):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         stopped = 0
         started = target is None or target.uffd < 0 or renew
         if target is None:
@@ -303,6 +340,18 @@ class Holder:
         target.close()
 
 
+def _refusal(error: Exception) -> dict[str, Any]:
+    """An error as an answer."""
+    if (limit := limit_of(error, is_holder=True)) is not None:
+        error = limit
+    if isinstance(error, IncdumpError):
+        return {"error": str(error), "kind": type(error).__name__, "errno": error.errno}
+    if isinstance(error, OSError):
+        return {"error": str(error), "kind": "OSError", "errno": error.errno}
+    traceback.print_exception(error)
+    return {"error": f"the holder failed: {error!r}", "kind": "HolderError", "errno": None}
+
+
 def main() -> None:
     """Daemonise, listen, have the socket put in its place, serve."""
     path, channel = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
@@ -311,6 +360,7 @@ def main() -> None:
     os.setsid()
     os.chdir("/")
     os.umask(0o077)
+    raise_open_files()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

@@ -39,7 +39,7 @@ import struct
 import time
 from typing import Any
 
-from incdump.proc.identity import check_own_proc
+from incdump.proc.identity import check_own_proc, has_ended, pid_of
 
 VERSION = 2
 MAX_MESSAGE = 65536
@@ -47,6 +47,8 @@ MAX_FDS = 4
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for whoever looks for a holder, or starts one: longer than any of that takes."""
 _LOCK_POLL = 0.01
+_SO_PEERPIDFD = 77
+"""include/uapi/asm-generic/socket.h, which x86 and aarch64 use."""
 
 
 def pid_namespace() -> int:
@@ -158,11 +160,40 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def is_neighbour(pid: int) -> bool:
-    """Whether a process is in this process's pid namespace: then both mean the same by a number."""
+def peer_pidfd(sock: socket.socket) -> int:
+    """A pidfd of the process at the other end, as it was when it listened or connected. The caller closes it.
+
+    :raises OSError: ENOPROTOOPT: a kernel before 6.5, which does not tell; ESRCH and others: it has been reaped.
+    """
+    packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, struct.calcsize("i"))
+    return int(struct.unpack("i", packed)[0])
+
+
+def is_neighbour(sock: socket.socket) -> bool:
+    """Whether the peer is in this process's pid namespace: then both mean the same by a number.
+
+    By a pidfd where the kernel gives one, so that the number that is looked at is the peer's; by SO_PEERCRED's number
+    else.
+
+    :raises OSError: that cannot be found out: EMFILE.
+    """
+    try:
+        pidfd = peer_pidfd(sock)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return error.errno == errno.ENOPROTOOPT and _is_in_this_namespace(peer(sock)[0])
+    try:
+        return _is_in_this_namespace(pid_of(pidfd)) and not has_ended(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+def _is_in_this_namespace(pid: int) -> bool:
+    """Whether a process, by its number here (0 or less: it has none), is in this process's pid namespace."""
     try:
         return pid > 0 and os.stat(f"/proc/{pid}/ns/pid").st_ino == pid_namespace()
-    except OSError:
+    except FileNotFoundError:
         return False
 
 
@@ -178,17 +209,23 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """Receive one message.
 
     :returns: the message, or None at end of file; descriptors that came with it (close-on-exec).
+    :raises OSError: EMFILE: there was no room for descriptors that came with it.
     :raises ValueError: not a JSON object, or cut short; descriptors that came with it are closed.
     """
     # Not socket.recv_fds(): it does not pass on its flags (Python 3.9 to 3.13), and programs that are run would
     # inherit.
     data, fds, flags = _receive_raw(sock)
     try:
+        if flags & socket.MSG_CTRUNC and len(fds) < MAX_FDS:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ValueError("a message that was cut short")
         message = json.loads(data) if data else None
         if data and not isinstance(message, dict):
             raise ValueError("not an object")
+    except OSError:
+        _close(fds)
+        raise
     except (ValueError, RecursionError) as error:
         _close(fds)
         raise ValueError(f"no message: {error}") from error

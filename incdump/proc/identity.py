@@ -144,7 +144,9 @@ def check_own_proc() -> None:
     """
     try:
         status = read_proc("/proc/self/status")
-    except OSError:  # of a namespace that this process is not in at all, /proc/self leads nowhere
+    except OSError as error:  # of a namespace that this process is not in at all, /proc/self leads nowhere
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         status = b""
     fields = dict(line.split(b":", 1) for line in status.splitlines() if b":" in line)
     numbers = fields.get(b"NSpid", fields.get(b"Pid", b"")).split()

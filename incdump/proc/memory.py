@@ -52,11 +52,9 @@ class ProcessMemory:
         self.pid = pid
         self._stopped = stopped
         self._mem_fd = -1
-        self._maps_fd = -1
         self._pagemap_fd = -1
         try:
             self._mem_fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-            self._maps_fd = os.open(f"/proc/{pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
             if may_share:
                 self._pagemap_fd = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError as e:
@@ -78,8 +76,8 @@ class ProcessMemory:
 
     def close(self) -> None:
         """Close the descriptors; reads that are under way in other threads must be over."""
-        fds = self._mem_fd, self._maps_fd, self._pagemap_fd
-        self._mem_fd = self._maps_fd = self._pagemap_fd = -1
+        fds = self._mem_fd, self._pagemap_fd
+        self._mem_fd = self._pagemap_fd = -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -101,7 +99,7 @@ class ProcessMemory:
             runs, unreadable = self._set_apart(runs, unreadable)
         if unreadable is None and self._read_at_once(into, runs):
             return empty_runs()
-        reading = _Reading(self.pid, self._mem_fd, self._maps_fd, into, runs)
+        reading = _Reading(self.pid, self._mem_fd, into, runs)
         if unreadable is None or not unreadable.any():
             reading.read(0, len(runs))
         else:
@@ -169,11 +167,10 @@ def _exited(pid: int) -> TargetExited:
 class _Reading:
     """One call of `ProcessMemory.read_into`: where each run goes, and what failed so far."""
 
-    def __init__(self, pid: int, mem_fd: int, maps_fd: int, into: NDArray[np.uint8], runs: Runs) -> None:
+    def __init__(self, pid: int, mem_fd: int, into: NDArray[np.uint8], runs: Runs) -> None:
         lengths = runs[:, 1] - runs[:, 0]
         self.pid = pid
         self.mem_fd = mem_fd
-        self.maps_fd = maps_fd
         self.into = into
         self.view = into.data
         self.base = into.ctypes.data
@@ -255,8 +252,14 @@ class _Reading:
     def unmapped(self, address: int) -> int:
         """How many bytes can be skipped at an unreadable page: to the next mapping, or a page if it is mapped."""
         try:
-            found = query_vma(self.maps_fd, address)
-        except ProcessLookupError:
+            # Opened where it is needed, which is seldom: a tree may have a thousand processes. If it is another
+            # program's by now, that is found out when the reading is over.
+            maps = os.open(f"/proc/{self.pid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = query_vma(maps, address)
+            finally:
+                os.close(maps)
+        except (ProcessLookupError, FileNotFoundError):
             raise _exited(self.pid) from None
         except OSError:  # a kernel without PROCMAP_QUERY: page by page
             return PAGE_SIZE
