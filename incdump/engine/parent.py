@@ -11,6 +11,7 @@ from incdump.errors import ParentMismatch
 from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.model.runs import empty_runs
+from incdump.proc.identity import boot_offset
 from incdump.tracking import content
 from incdump.tracking.content import HashTable
 from incdump.xfer.wire import Image
@@ -77,7 +78,8 @@ class Parent:
     def _is_same(self, task: Task) -> bool:
         if self._processes is None:
             # CRIU's own check: a process that started after the dump cannot be in it.
-            return self._uptime is None or task.start_time < self._uptime * _TICKS // 1_000_000
+            started = task.start_time + boot_offset()  # as CRIU sees both, which has been started from here
+            return self._uptime is None or started < self._uptime * _TICKS // 1_000_000
         entry = self._processes.get(str(task.vpid))
         return (
             isinstance(entry, dict)

@@ -3,6 +3,9 @@
 A pid is used again after its process is gone. The start time in field 22 of /proc/PID/stat, in clock ticks since boot,
 tells the two apart; the boot id tells boots apart. exec(2) keeps both: the address space is new all the same.
 
+The kernel shows that time shifted by the offset of the *reader's* time namespace (`boot_offset`): `read_stat` takes the
+offset off, so that two readers, and images that the one wrote and the other reads, mean the same.
+
 A number means a process only together with a pid namespace. /proc shows those of the namespace that it was mounted
 for, which need not be the caller's (``unshare -fp`` without ``--mount-proc``): system calls would act on another
 process than the one that was looked at. `check_own_proc` refuses that before a number is used. From there on a pidfd
@@ -21,7 +24,7 @@ import select
 import signal
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -44,7 +47,7 @@ class Identity:
     """A process, told apart from all others that have had its pid.
 
     :ivar pid: the process id.
-    :ivar start_time: clock ticks from boot to the start of the process.
+    :ivar start_time: clock ticks from boot to the start of the process, by the machine's own count.
     :ivar boot_id: /proc/sys/kernel/random/boot_id.
     """
 
@@ -124,9 +127,34 @@ def read_proc(path: str) -> bytes:
 def read_stat(pid: int) -> Stat:
     """Read /proc/PID/stat; `pid` may be any thread's.
 
+    :returns: it, the start time being that of the machine, whatever time namespace this process is in.
     :raises ProcessLookupError: it is gone.
     """
-    return parse_stat(read_proc(f"/proc/{pid}/stat"))
+    stat = parse_stat(read_proc(f"/proc/{pid}/stat"))
+    offset = boot_offset()
+    return replace(stat, start_time=stat.start_time - offset) if offset else stat
+
+
+def boot_offset() -> int:
+    """What this process's time namespace adds to times since boot, clock ticks (time_namespaces(7))."""
+    return _boot_offset(os.getpid())
+
+
+@cache
+def _boot_offset(_pid: int) -> int:
+    """That of one process: a child that is forked may be in another namespace.
+
+    /proc/PID/timens_offsets has the offsets of the namespace for its children, which is its own but between
+    unshare(CLONE_NEWTIME) and the next exec: then 0 is all that is known.
+    """
+    try:
+        if os.readlink("/proc/self/ns/time") != os.readlink("/proc/self/ns/time_for_children"):
+            return 0
+        lines = [line.split() for line in read_proc("/proc/self/timens_offsets").splitlines()]
+    except (ProcessLookupError, FileNotFoundError):  # a kernel without time namespaces
+        return 0
+    offsets = {words[0]: int(words[1]) + int(words[2]) / 1e9 for words in lines if len(words) == 3}
+    return round(offsets.get(b"boottime", 0.0) * os.sysconf("SC_CLK_TCK"))
 
 
 @cache
