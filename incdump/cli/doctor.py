@@ -1,7 +1,8 @@
 """``incdump doctor``: what works here, what does not, and what follows.
 
 Features are tried on this very process (`incdump.kerndat`). Trackers are tried on a child that does nothing else: it is
-stopped, read and tracked as any target would be, so that a seccomp filter or Yama in the way is found as well.
+stopped, read and tracked as any target would be, so that a seccomp filter or Yama in the way is found as well. CRIU is
+tried on another one (`incdump.cli.doctor_criu`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from incdump.cli.invocation import Command, Invocation, json_option, output, print_json, verbose_option
+from incdump.cli.invocation import Command, Invocation, criu_option, json_option, output, print_json, verbose_option
 from incdump.errors import IncdumpError
 
 if TYPE_CHECKING:
@@ -42,15 +43,18 @@ class Verdict(NamedTuple):
 
 
 @click.command("doctor", cls=Command, epilog=_EXAMPLE)
+@criu_option
 @json_option
 @verbose_option
 @click.pass_obj
-def command(invocation: Invocation) -> int:
-    """Try each kernel feature and each tracker: works or not, why, what follows.
+def command(invocation: Invocation, criu: str | None) -> int:
+    """Try each kernel feature, each tracker, and CRIU: works or not, why, what follows.
 
-    Needs no privilege, but answers for the user who runs it. The exit code is 1 if nothing works.
+    Needs no privilege, but answers for the user who runs it. The exit code is 1 if no tracker works; CRIU, which only
+    checkpoints and migrations need, does not count.
     """
     from incdump import kerndat
+    from incdump.cli.doctor_criu import examine
 
     features = kerndat.probe().features()
     trackers = _try_trackers()
@@ -59,6 +63,7 @@ def command(invocation: Invocation) -> int:
         "works": works,
         "auto": next((tracker.name for tracker in trackers if tracker.works), None),
         "trackers": [tracker._asdict() for tracker in trackers],
+        "criu": examine(criu),
         "features": [asdict(feature) for feature in features],
         "limits": _limits(),
         "tracked": _tracked(),
@@ -181,6 +186,7 @@ def _tracked() -> list[int]:
 
 
 def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[Verdict]) -> None:
+    from incdump.cli.doctor_criu import row
     from incdump.cli.text import show_verdicts
 
     show_verdicts("trackers", [(t.name, t.works, (t.why,)) for t in trackers])
@@ -191,4 +197,7 @@ def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[
         lines.append(f"tracked now (see `incdump untrack`): {', '.join(map(str, report['tracked']))}")
     with output():
         print("\n".join(lines), end="\n\n")
+    show_verdicts("checkpoints", [row(report["criu"])])
+    with output():
+        print()
     show_verdicts("kernel features", [(f.name, f.works, (f.what, f"seen: {f.why}", f.follows)) for f in features])

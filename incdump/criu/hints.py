@@ -150,7 +150,7 @@ _HINTS = (
         "(64M, for example)",
     ),
     _Hint(
-        r"fsnotify: Can't (find suitable path|open|dump)|irmap: Failed to resolve|fsnotify: Unable to lookup a mount",
+        r"fsnotify: (Can't (find suitable path|open|dump that)|Unable to lookup a mount)|irmap: Failed to resolve",
         "CRIU does not find the name of what is watched by inotify or fanotify: give `-- --force-irmap`, with "
         "`--irmap-scan-path DIR` for where to look",
     ),

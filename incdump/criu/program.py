@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 OLDEST = (4, 1)
 """What the leash was tried with: CRIU 4.1 scans by PAGEMAP_SCAN where the kernel has it."""
+WHERE_FROM = (
+    "CRIU 4.1.1 is the package criu of Debian 13 (trixie), 4.2.1 that of Debian forky and sid (3.17.1, Debian 12's, is "
+    "too old); elsewhere build a release of https://github.com/checkpoint-restore/criu; --criu or INCDUMP_CRIU names a "
+    "program that is not on the PATH"
+)
 _PLACES = ("/usr/local/sbin", "/usr/sbin", "/sbin")  # not on every user's PATH
 _QUOTED = 3
 _MOST_QUOTED = 4096
@@ -59,8 +64,13 @@ def find(path: str | None = None) -> Criu:
     name = path or "criu"
     where = shutil.which(name) or (None if path else shutil.which(name, path=os.pathsep.join(_PLACES)))
     if where is None:
-        hint = "give another --criu" if path else "install it (4.1 or later), or name it by --criu or INCDUMP_CRIU"
-        raise CriuError(f"there is no program {name}: {hint}", path=path)
+        advice = (
+            "give another --criu"
+            if path
+            else "install it (4.1 or later: Debian trixie's package criu, or a release of upstream's), or name it by "
+            "--criu or INCDUMP_CRIU"
+        )
+        raise CriuError(f"there is no program {name}: {advice}", path=path)
     where = os.path.abspath(where)
     try:
         said = subprocess.run([where, "--version"], capture_output=True, text=True, timeout=30, check=False)
@@ -73,7 +83,11 @@ def find(path: str | None = None) -> Criu:
     version = tuple(map(int, match[1].split(".")))
     if version < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise CriuError(f"{where} is CRIU {match[1]}: {wanted} or later is needed; give another --criu", path=where)
+        raise CriuError(
+            f"{where} is CRIU {match[1]}: {wanted} or later is needed (Debian trixie's package criu, or a release of "
+            "upstream's); give another --criu",
+            path=where,
+        )
     return Criu(where, version)
 
 
@@ -102,10 +116,16 @@ def failure(criu: Criu, status: int, doing: str, log: Path, stderr: Path, **data
     :param stderr: a file that took what it said there.
     :param data: the error's ``pid`` or ``path``.
     """
-    how = f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
-    known = hint(_errors(log))
-    told = f"; hint: {known}" if known else ""
-    return CriuError(f"{criu} {how} {doing}{_why(log, stderr)}{told}{_kept(log)}", **data)
+    return CriuError(f"{criu} {_how(status)} {doing}{_why(log, stderr)}{_kept(log)}", **data)
+
+
+def brief_failure(criu: Criu, status: int, doing: str, log: Path, stderr: Path) -> str:
+    """What `failure` says, for a log that is not to be kept."""
+    return f"{criu} {_how(status)} {doing}{_why(log, stderr)}"
+
+
+def _how(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"failed (exit status {status})"
 
 
 def _kept(log: Path) -> str:
@@ -123,7 +143,8 @@ def _kept(log: Path) -> str:
 
 def _why(log: Path, stderr: Path) -> str:
     if said := last_errors(log):
-        return f": {said}"
+        known = hint(_errors(log))
+        return f": {said}; hint: {known}" if known else f": {said}"
     with suppress(OSError), open(stderr, "rb") as file:
         lines = file.read(_MOST_QUOTED).decode(errors="replace").split("\n")
         if told := [line.strip() for line in lines if line.strip()]:
@@ -152,7 +173,7 @@ def _errors(log: Path) -> list[str]:
     except OSError:
         return []
     errors = [
-        re.sub(r"^(pie: )?.*?Error \([^)]*\): *", lambda found: found[1] or "", line.strip()).strip()
+        " ".join(re.sub(r"^(pie: )?.*?Error \([^)]*\):", lambda found: found[1] or "", line.strip()).split())
         for line in lines
         if "Error (" in line
     ]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A place of the test's own for temporary files, gone with it: logs of a CRIU that fails are kept there."""
+    tmp_path_factory.getbasetemp()  # pytest's own is not to be in there
     with tempfile.TemporaryDirectory(prefix="incdump-tmp-", ignore_cleanup_errors=True) as name:
         os.chmod(name, 0o1777)  # as /tmp is: programs of other users are started, too
         monkeypatch.setenv("TMPDIR", name)

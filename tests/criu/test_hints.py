@@ -130,6 +130,7 @@ def refuse(pid: int, root: Path, case: Case, criu: Path | None = None) -> None:
         Case("locks", "file locks are hold", "-- --file-locks", ("--file-locks",)),
         Case("deleted_but_linked", "Can't create link remap", "-- --link-remap", ("--link-remap",)),
         Case("big_and_deleted", "ghost file .* increase limit", "-- --ghost-limit", ("--ghost-limit", "64M")),
+        Case("watches", "Can't dump that handle", "irmap-scan", ("--force-irmap", "--irmap-scan-path", "/proc/sys")),
         Case("has_an_io_uring", r"pie: send_fds failed \(-22\)", "io_uring"),
         Case("has_a_ruleset", "Can't dump file 3 of that type .*landlock", "cannot dump"),
         Case("shares_memory", "doesn't live in IPC ns", "unshare --ipc"),

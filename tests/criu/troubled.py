@@ -45,6 +45,11 @@ def big_and_deleted() -> None:
     os.unlink("big")
 
 
+def watches() -> None:
+    """Inotify, of a file that has no handle."""
+    assert libc.inotify_add_watch(libc.inotify_init(), b"/proc/sys", 2) > 0
+
+
 def sends_to_a_stranger() -> None:
     """A datagram socket that is connected to somebody else's."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -1,0 +1,144 @@
+"""Whether CRIU works here, found out by trying: a small child is dumped, and brought back.
+
+It is CRIU alone that is tried, without configuration files, so that nobody's action scripts run. Nothing stays: while
+it is tried, this process adopts the orphans among its descendants, so that whatever CRIU restores or leaves is a child
+of this process, and is ended; the child itself ends after a minute where even this process is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from incdump.criu.program import UMASK, brief_failure
+from incdump.errors import ProcMismatch
+from incdump.proc.identity import check_own_proc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from incdump.criu.program import Criu
+
+SECONDS = 30.0
+"""For all of it; a machine at rest takes a third of one."""
+TCP_SINCE = (4, 2, 1)
+"""Earlier versions ask TCP sockets for SO_PASSCRED, which Linux refuses from 6.18 on ("Can't get 1:16 opt")."""
+_LIFETIME = "60"
+_SET_CHILD_SUBREAPER, _GET_CHILD_SUBREAPER = 36, 37  # include/uapi/linux/prctl.h
+_POLL = 0.005
+
+
+def try_out(criu: Criu, seconds: float = SECONDS) -> str | None:
+    """Dump a child of this process, and restore it. Blocks. Not for a program that has children to wait for meanwhile.
+
+    :param seconds: the time that it may take.
+    :returns: None where it works; else why it does not, in CRIU's own words where there are any.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        check_own_proc()  # children are found there
+        with (
+            tempfile.TemporaryDirectory(prefix="incdump-criu-trial-", ignore_cleanup_errors=True) as name,
+            _none_left(),
+        ):
+            return _dump_and_restore(criu, Path(name), deadline)
+    except ProcMismatch as error:
+        return str(error)
+    except subprocess.TimeoutExpired:
+        return f"{criu} had not dumped and restored a child process after {seconds:g} s"
+    except OSError as error:
+        return f"{criu} could not be tried: {error}"
+
+
+def tells_of_tcp_sockets(criu: Criu) -> bool:
+    """Whether it can dump TCP sockets on this kernel, as far as what it asks them is answered."""
+    if criu.version >= TCP_SINCE:
+        return True
+    with socket.socket() as sock, suppress(OSError):
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+        return True
+    return False
+
+
+def _dump_and_restore(criu: Criu, place: Path, deadline: float) -> str | None:
+    sleep = shutil.which("sleep")
+    command = [sleep, _LIFETIME] if sleep else [sys.executable, "-IS", "-c", f"import time; time.sleep({_LIFETIME})"]
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
+    if status := _run(criu, place, deadline, "dump", "--tree", str(child.pid)):
+        return brief_failure(criu, status, "dumping a child process", place / "dump.log", place / "dump.stderr")
+    child.wait(deadline - time.monotonic())  # its number is free then
+    if status := _run(criu, place, deadline, "restore", "--restore-detached", "--pidfile", str(place / "pid")):
+        return brief_failure(criu, status, "restoring a child process", place / "restore.log", place / "restore.stderr")
+    pid = int((place / "pid").read_text())
+    if pid not in _children() or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+        return f"a child process that {criu} has restored did not live"
+    return None
+
+
+def _run(criu: Criu, place: Path, deadline: float, action: str, *options: str) -> int:
+    """Run CRIU; its exit status.
+
+    :raises subprocess.TimeoutExpired: it took too long, and was killed.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "CRIU_CONFIG_FILE"}
+    words = ("--images-dir", str(place), "--log-file", f"{action}.log", "--manage-cgroups=ignore")
+    with (place / f"{action}.stderr").open("wb") as said:
+        return subprocess.run(
+            [criu.path, action, *words, "--no-default-config", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=environment,
+            umask=UMASK,
+            start_new_session=True,
+            timeout=max(0.1, deadline - time.monotonic()),
+            check=False,
+        ).returncode
+
+
+@contextmanager
+def _none_left() -> Iterator[None]:
+    """Whatever is a child of this process at the end, and was none before, is ended, orphans included."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = ctypes.c_int()
+    libc.prctl(_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    others = _children()
+    libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        _end(others)
+        libc.prctl(_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
+
+
+def _end(others: set[int], seconds: float = 5.0) -> None:
+    """End all children but some, and theirs, which become ours when they lose their parent. A number of a child that
+    nobody has waited for is nobody else's."""
+    deadline = time.monotonic() + seconds
+    while (left := _children() - others) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(_POLL)
+
+
+def _children() -> set[int]:
+    """The children of this process, zombies too."""
+    found: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
