@@ -8,6 +8,7 @@ userfaultfd), `begin` with the mappings, `windows`, and then either `commit`, on
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from incdump.proc.identity import is_exiting, read_stat
 from incdump.proc.pagemap import pmes_at
 from incdump.proc.pagemap.pme import PME_PRESENT
 from incdump.proc.pinned import pinned_io
+from incdump.proc.tree import TRACER_PATIENCE, tracer_leaves
 from incdump.tracking import content, soft_dirty, uffd_wp
 
 if TYPE_CHECKING:
@@ -141,13 +143,25 @@ class Watch:
         self._untrusted = False
 
     def _acquire(self, *, renew: bool) -> None:
-        lease = self._means.keeper.acquire(self.task.pid, self.task.start_time, renew=renew)
+        lease = self._lease_without_tracer(renew)
         self._lease, self._round = lease, uffd_wp.UffdWpRound(self.task.pid, lease.uffd, self._pagemap_fd)
         self._means.stats.stopped_time += lease.stopped_us
         if not lease.started and not self._round.is_alive():
             self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
             self._drop_lease()
             self._acquire(renew=True)
+
+    def _lease_without_tracer(self, renew: bool) -> Lease:
+        """Somebody who traces the process for a moment only is waited for: only one may at a time."""
+        pid, started = self.task.pid, self.task.start_time
+        patience = time.monotonic() + TRACER_PATIENCE
+        while True:
+            try:
+                return self._means.keeper.acquire(pid, started, renew=renew)
+            except AlreadyTraced:
+                left = patience - time.monotonic()
+                if left <= 0 or not tracer_leaves(pid, left):
+                    raise
 
     @property
     def tracker(self) -> str:

@@ -21,11 +21,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from incdump.errors import AlreadyTraced
 from incdump.freeze.tracer import TracerThread
 from incdump.freeze.walk import Process, TreeWalk
 from incdump.model.fields import check_choice
 from incdump.model.options import AFTERWARDS
 from incdump.proc.identity import check_own_proc, check_page_size
+from incdump.proc.tree import TRACER_PATIENCE, tracer_leaves
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -107,7 +109,7 @@ class Freezer:
         :raises TargetExited: it exited meanwhile.
         :raises TargetUnsuitable: it is a kernel thread or a zombie, or this very process is in its tree.
         :raises TargetDenied: some process of the tree may not be traced.
-        :raises AlreadyTraced: some process of the tree is traced by somebody else.
+        :raises AlreadyTraced: some process of the tree is traced by somebody else, who does not leave in a second.
         :raises FreezeTimeout: some thread did not stop in time. Whatever is raised, nothing stays frozen.
         """
         abandoned = threading.Event()
@@ -138,7 +140,7 @@ class Freezer:
         check_own_proc()
         began = time.monotonic_ns()
         try:
-            self._walk.freeze(pid, self.timeout, abandoned)
+            self._freeze_without_tracer(pid, abandoned)
         finally:
             self._retire_with_leftovers()
         self._frozen_at = time.monotonic_ns()
@@ -149,6 +151,19 @@ class Freezer:
             freezing_time=self.freezing_time,
             frozen_at=self._frozen_at,
         )
+
+    def _freeze_without_tracer(self, pid: int, abandoned: threading.Event) -> None:
+        """A profiler, or strace -p, that comes for a moment: the whole freeze is undone, and made again without it."""
+        patience = time.monotonic() + min(TRACER_PATIENCE, self.timeout)
+        while True:
+            try:
+                return self._walk.freeze(pid, self.timeout, abandoned)
+            except AlreadyTraced as error:
+                left = patience - time.monotonic()
+                if error.pid is None or left <= 0 or abandoned.is_set() or self._walk.has_leftovers:
+                    raise
+                if not tracer_leaves(error.pid, left):
+                    raise
 
     def _thaw(self, afterwards: Afterwards) -> None:
         if not self._walk.processes:

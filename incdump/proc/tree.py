@@ -170,6 +170,30 @@ def _foreign_tracer(pid: int, status: dict[bytes, bytes]) -> int:
     return tracer
 
 
+def tracer_leaves(pid: int, seconds: float) -> bool:
+    """Wait for whoever traces a thread of process `pid` to leave. Blocks.
+
+    :returns: whether nobody does any more; the process may be gone. False at once if a thread of ours does.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        time.sleep(_TRACER_POLL)
+        tracers = _tracers(pid)
+        if not tracers:
+            return True
+        if time.monotonic() > deadline or any(os.path.exists(f"/proc/self/task/{tracer}") for tracer in tracers):
+            return False
+
+
+def _tracers(pid: int) -> set[int]:
+    """The threads that trace one of a process's."""
+    try:
+        tids = os.listdir(f"/proc/{pid}/task")
+        return {int(_status(pid, int(tid)).get(b"TracerPid", b"0")) for tid in tids} - {0}
+    except (FileNotFoundError, ProcessLookupError):  # it, or a thread of it, is gone: whoever asks finds out
+        return set()
+
+
 def is_traced(pid: int) -> bool:
     """Whether somebody traces a process."""
     try:
