@@ -56,6 +56,7 @@ __all__ = (
     "ProcMismatch",
     "ProtocolError",
     "ResourceLimit",
+    "StopStalled",
     "TargetDenied",
     "TargetError",
     "TargetExited",
@@ -178,6 +179,10 @@ class AlreadyTraced(TargetError):
 
 class FreezeTimeout(TargetError):
     """Some thread of the tree could not be stopped in time."""
+
+
+class StopStalled(TargetError):
+    """Nothing got done while the tree stood still: it was let run on, and the dump is given up."""
 
 
 class InjectionFailed(TargetError):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from incdump.cli.completion import directories, processes
+from incdump.cli.dumping import stall_timeout_option
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
@@ -54,10 +55,11 @@ Examples:
     show_default=True,
     help="With --against: how long to wait for every thread to stop.",
 )
+@stall_timeout_option
 @json_option
 @verbose_option
 @click.pass_obj
-def command(invocation: Invocation, images_dir: str, against: int | None, timeout: float) -> None:
+def command(invocation: Invocation, images_dir: str, against: int | None, timeout: float, stall_timeout: float) -> None:
     """Prove a chain of images dirs, DIR being the newest.
 
     Every directory of it is finished, every file is whole, and every page that a directory leaves to its parent is
@@ -68,7 +70,8 @@ def command(invocation: Invocation, images_dir: str, against: int | None, timeou
         raise click.BadParameter("an empty name", param_hint="DIR")
     show = invocation.shows_progress and not invocation.json
     report = _check(images_dir, show=show)
-    compared = None if against is None else _compare(images_dir, against, timeout, show=show)
+    timeouts = {"freeze_timeout": timeout, "stall_timeout": stall_timeout}
+    compared = None if against is None else _compare(images_dir, against, timeouts, show=show)
     ok = compared is None or compared.ok
     error = None if ok else CheckError(_complaint(images_dir, against, compared), pid=against, path=images_dir)
     if invocation.json:
@@ -97,11 +100,11 @@ def _check(images_dir: str, *, show: bool) -> ChainReport:
         raise
 
 
-def _compare(images_dir: str, pid: int, timeout: float, *, show: bool) -> AgainstReport:
+def _compare(images_dir: str, pid: int, timeouts: dict[str, float], *, show: bool) -> AgainstReport:
     from incdump.cli.signals import run
     from incdump.engine.check import check_against
 
-    job = partial(check_against, images_dir, pid, freeze_timeout=timeout)
+    job = partial(check_against, images_dir, pid, **timeouts)
     return _waiting("comparing every page", job) if show and sys.stderr.isatty() else run(job)
 
 

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
+stall_timeout_option = click.option(
+    "--stall-timeout",
+    type=DURATION,
+    default="30s",
+    metavar="TIME",
+    show_default=True,
+    help="How long the target may stand still while nothing gets done; it is let run on then, and the dump fails.",
+)
+
 _TARGET_OPTIONS = (
     click.option(
         "-t",
@@ -88,6 +97,7 @@ _DUMP_OPTIONS = (
         show_default=True,
         help="How long to wait for every thread to stop.",
     ),
+    stall_timeout_option,
     click.option("--track-mem", is_flag=True, expose_value=False, hidden=True),  # CRIU's; always on here
     click.option(
         "-o",
@@ -160,6 +170,7 @@ def run_dump(
     writers: int,
     require_incremental: bool,
     timeout: float,
+    stall_timeout: float,
     log_file: str | None,
     afterwards: Afterwards = "running",
     page_server: bool = False,
@@ -194,6 +205,7 @@ def run_dump(
         require_incremental=require_incremental,
         afterwards=afterwards,
         freeze_timeout=timeout,
+        stall_timeout=stall_timeout,
         page_server=(address, port) if port is not None else None,
         page_server_protocol=protocol,
         compression=compression,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from incdump.cli.dumping import target_options
+from incdump.cli.dumping import stall_timeout_option, target_options
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -52,6 +52,7 @@ Examples:
 @click.option("-s", "--leave-stopped", is_flag=True, help="Leave it stopped, as by SIGSTOP.")
 @click.option("--kill", is_flag=True, help="Kill it once the last images are complete.")
 @freeze_timeout_option
+@stall_timeout_option
 @report_option
 @criu_arguments
 @json_option

@@ -1,12 +1,16 @@
 """Running the asynchronous part of a command such that signals end it cleanly.
 
 SIGINT, SIGTERM and SIGHUP cancel what is running; the engine then gives back what it took from the tracker, removes the
-unfinished images and lets the target go. A signal that was ignored when incdump was started (nohup) stays ignored.
+unfinished images and lets the target go. If something keeps it from that (a file system that does not answer), the
+third signal ends the process as it is: the kernel lets the target go then. A signal that was ignored when incdump was
+started (nohup) stays ignored.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_AT_ONCE = 3
+"""How many signals end the process without more ado."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,6 +61,10 @@ async def _until_signal(job: Callable[[], Awaitable[T]]) -> T:
 def _stop(scope: anyio.CancelScope, received: list[int], number: int) -> None:
     received.append(number)
     scope.cancel()
+    if len(received) == _AT_ONCE - 1:
+        print("incdump: cleaning up; once more to leave it undone, and unfinished images behind", file=sys.stderr)
+    elif len(received) == _AT_ONCE:
+        os._exit(128 + number)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from incdump.proc.limits import names_limits
 from incdump.proc.maps import read_vmas
 from incdump.proc.memory import ProcessMemory
 from incdump.proc.pagemap import make_reader
+from incdump.proc.served import refuse_served
 from incdump.proc.shmem import find_segments
 from incdump.proc.tree import check_target, process_tree
 
@@ -90,6 +91,18 @@ class AgainstReport:
         return page_count(runs)
 
 
+class _LiveReport(AgainstReport):
+    """One that says when it grows."""
+
+    def __init__(self, grown: Callable[[], None]) -> None:
+        super().__init__()
+        self._grown = grown
+
+    def note(self, what: str, where: str, runs: Runs, vmas: VmaTable | None = None) -> int:
+        self._grown()
+        return super().note(what, where, runs, vmas)
+
+
 def check(images_dir: str | os.PathLike[str]) -> ChainReport:
     """Prove a chain of images: every hole found in a parent, sizes and offsets right, no unfinished directory.
 
@@ -100,30 +113,36 @@ def check(images_dir: str | os.PathLike[str]) -> ChainReport:
 
 
 @names_limits
-async def check_against(images_dir: str | os.PathLike[str], pid: int, *, freeze_timeout: float = 10.0) -> AgainstReport:
+async def check_against(
+    images_dir: str | os.PathLike[str], pid: int, *, freeze_timeout: float = 10.0, stall_timeout: float = 30.0
+) -> AgainstReport:
     """Freeze a process tree and compare every page of it with the images. It is let go afterwards as it was.
 
     The images are expected to be of this very moment: a tree that was left stopped after ``incdump dump``.
 
     :param pid: the root of the tree.
     :param freeze_timeout: seconds to wait for every thread to stop.
+    :param stall_timeout: seconds for which it stays frozen while nothing gets done, as in `incdump.DumpOptions`.
     :raises incdump.errors.ImagesError: the chain is broken.
     :raises incdump.errors.TargetError: the process cannot be looked at.
     """
     images = ImagesDir(images_dir)
     await in_thread(check_chain, images)
     root = await in_thread(check_target, pid)
+    await in_thread(refuse_served, images.path, pid)
     await in_thread(keep_holder_out_of_trees)
     if images.pagemap(root.vpid) is None:
         held = ", ".join(map(str, images.pids()[:5])) or "none"
         raise ParentMismatch(f"{images.path} holds no process {root.vpid} (but {held})", pid=pid, path=images.path)
-    async with Freezer(timeout=freeze_timeout) as freezer:
+    async with Freezer(timeout=freeze_timeout, stall_timeout=stall_timeout) as freezer:
         await freezer.freeze(pid)
-        return await in_thread(_compare_tree, images, pid)
+        report = _LiveReport(freezer.report)
+        await in_thread(_compare_tree, images, pid, report, break_off=freezer.abandon)
+        await freezer.thaw()
+        return report
 
 
-def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
-    report = AgainstReport()
+def _compare_tree(images: ImagesDir, pid: int, report: AgainstReport) -> None:
     tables: dict[int, VmaTable] = {}
     for task in process_tree(pid):
         if task.state == "Z":
@@ -146,7 +165,6 @@ def _compare_tree(images: ImagesDir, pid: int) -> AgainstReport:
             _look_for_missing(subtract(source.populated(), held), source.read_into, where, report)
         finally:
             source.close()
-    return report
 
 
 def _compare_process(images: ImagesDir, pid: int, vpid: int, vmas: VmaTable, report: AgainstReport) -> None:

@@ -49,6 +49,7 @@ from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import Identity, boot_id, signal_same
 from incdump.proc.limits import names_limits
 from incdump.proc.pagemap import make_reader
+from incdump.proc.served import refuse_served
 from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
 from incdump.tracking import content, soft_dirty
@@ -162,6 +163,8 @@ class DumpRun:
         self._may_share: set[int] = set()
         self._sharing: dict[int, int] = {}
         self._sending: ServerSession | None = None
+        self._images: NewImagesDir | None = None
+        self._freezer: Freezer | None = None
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -178,22 +181,18 @@ class DumpRun:
         self._tracker, self._reason = await in_thread(choose, self._options.tracker)
         self._reader = await in_thread(make_reader, self._options.pagemap)
         self._boot_id = boot_id()
-        images = NewImagesDir.create(self._path, self._parent_text)
+        if self._kind == "dump" or self._tracker == soft_dirty.NAME:
+            await in_thread(refuse_served, self._path, self._pid)
+        failed = False
         try:
-            if self._options.page_server is not None:
-                self._sending = await in_thread(self._connect, images)
-            self._parent = None
-            if images.parent is not None:
-                is_there = None if self._sending is None else self._sending.has_parent
-                self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there, self._proved)
-                self._parent.check_root(self._root)
-            self._means = self._make_means(images)
-            if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.sees_moves)):
-                self._warn(f"tracker soft-dirty: {kerndat.soft_dirty_moves().why}: such a move goes unseen")
-            await self._dump(images)
+            await in_thread(self._make_images_dir)  # on a file system that may not answer
+            assert self._images is not None
+            await self._dump_into(self._images)
         except BaseException:
             if self._left is None or self._options.afterwards != "killed":
-                self._undo(images)
+                failed = True
+                for process in self._processes.values():
+                    process.give_back()
             # else the images are whole, and all that is left of the tree.
             raise
         finally:
@@ -202,8 +201,27 @@ class DumpRun:
                     steps.callback(self._sending.close)
                 for owner in self._all_owners():
                     steps.callback(owner.close)
+            if failed:  # by now none of the files is open: FUSE and NFS would keep it, under another name
+                with anyio.CancelScope(shield=True):
+                    await in_thread(self._undo)
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
-        return self._result(images)
+        return self._result(self._images)
+
+    def _make_images_dir(self) -> None:
+        self._images = NewImagesDir.create(self._path, self._parent_text)
+
+    async def _dump_into(self, images: NewImagesDir) -> None:
+        if self._options.page_server is not None:
+            self._sending = await in_thread(self._connect, images)
+        self._parent = None
+        if images.parent is not None:
+            is_there = None if self._sending is None else self._sending.has_parent
+            self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there, self._proved)
+            self._parent.check_root(self._root)
+        self._means = self._make_means(images)
+        if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.sees_moves)):
+            self._warn(f"tracker soft-dirty: {kerndat.soft_dirty_moves().why}: such a move goes unseen")
+        await self._dump(images)
 
     def _connect(self, images: NewImagesDir) -> ServerSession:
         meta = None if images.parent is None else ImagesDir(images.parent).meta()
@@ -212,13 +230,27 @@ class DumpRun:
 
     @property
     def _break_off(self) -> Callable[[], None] | None:
-        """What is to be done when the dump is cancelled: no thread is to wait for the page server."""
-        return None if self._sending is None else self._sending.break_off
+        """What is to be done when the dump is cancelled: no thread is to wait for the page server, or for a tree that
+        it waits for."""
+        if self._freezer is None:
+            return None if self._sending is None else self._sending.break_off
 
-    def _undo(self, images: NewImagesDir) -> None:
-        for process in self._processes.values():
-            process.give_back()
-        images.discard()
+        def break_off() -> None:
+            if self._sending is not None:
+                self._sending.break_off()
+            if self._freezer is not None:
+                self._freezer.abandon()
+
+        return break_off
+
+    def _report(self) -> None:
+        """Something was done. From any thread."""
+        if self._freezer is not None:
+            self._freezer.report()
+
+    def _undo(self) -> None:
+        if self._images is not None:
+            self._images.discard()
         stopped = {task.pid for task in self._left.tasks if task.state_before != "T"} if self._left is not None else ()
         for pid, start_time in self._processes:
             if pid in stopped:
@@ -248,15 +280,18 @@ class DumpRun:
 
     def _pipeline(self) -> Pipeline:
         writers = self._options.writers if self._sending is None else self._sending.writers
-        return Pipeline(writers, self._stats, lambda: self._tell("dumping"), self._break_off)
+        return Pipeline(writers, self._stats, lambda: self._tell("dumping"), self._break_off, self._report)
 
     async def _dump(self, images: NewImagesDir) -> None:
         freezes = self._kind == "dump" or self._tracker == soft_dirty.NAME
+        if freezes:
+            timeout, stall_timeout = self._options.freeze_timeout, self._options.stall_timeout
+            self._freezer = freezer = Freezer(timeout=timeout, stall_timeout=stall_timeout)
         pipeline = self._pipeline()
         async with AsyncExitStack() as stack:
             if freezes:
                 await in_thread(self._prepare_tree, break_off=self._break_off)
-                freezer = await stack.enter_async_context(Freezer(timeout=self._options.freeze_timeout))
+                await stack.enter_async_context(freezer)
                 self._tell("freezing")
                 frozen = await freezer.freeze(self._pid)
                 self._gone.extend(frozen.exited)
@@ -381,6 +416,7 @@ class DumpRun:
             # A process that runs on while it is read may fork at any moment.
             may_share = not until_read or not known or process.task.pid in forked | self._may_share
             process.freeze(process.task, may_share=may_share, until_read=until_read)
+            self._report()
             if not known:
                 self._check_incremental(process)
 
@@ -406,6 +442,7 @@ class DumpRun:
     def _collect_all(self) -> None:
         for process in self._processes.values():
             process.collect()
+            self._report()
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -413,6 +450,7 @@ class DumpRun:
         """Write all pagemaps."""
         for owner in self._all_owners():
             owner.finish()
+            self._report()
         self._stats.bytes_written = (self._stats.pages_written + self._stats.shpages_written) * PAGE_SIZE
 
     def _finish(self, images: NewImagesDir, metadata: Metadata | None) -> None:

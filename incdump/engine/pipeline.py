@@ -87,15 +87,18 @@ class Pipeline:
         stats: DumpStats,
         progress: Callable[[], None],
         break_off: Callable[[], None] | None = None,
+        report: Callable[[], None] = lambda: None,
     ) -> None:
         """
         :param writers: one writer gets the chunks in order.
+        :param report: called, in whatever thread, after each window and each chunk.
         :param break_off: see `incdump.engine.threads.in_thread`; for writers that may block for long.
         """
         self._writers = writers
         self._stats = stats
         self._progress = progress
         self._break_off = break_off
+        self._report = report
         self._busy = 0.0
         self._first_write = self._last_write = 0.0
         self._buffers = [make_buffer(CHUNK_PAGES) for _ in range(writers)]
@@ -132,6 +135,7 @@ class Pipeline:
         with out:
             source = _all_windows(owners)
             while items := await in_thread(_draw, source, limiter=self._reading, break_off=self._break_off):
+                self._report()
                 for item in items:
                     await _hand_over(out, item)
             self.under_way.set()
@@ -164,9 +168,19 @@ class Pipeline:
                 self._first_write = self._first_write or time.perf_counter()
                 self.under_way.set()
                 items = [item, *self._queued(chunks)]
-                await in_thread(_write, items, buffer, limiter=self._writing, break_off=self._break_off)
+                await in_thread(self._write, items, buffer, limiter=self._writing, break_off=self._break_off)
                 self._last_write = time.perf_counter()
                 self._progress()
+
+    def _write(self, items: list[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]) -> None:
+        for owner, chunk in items:
+            if owner.exited:
+                continue
+            try:
+                owner.write(chunk, buffer)
+            except TargetExited:
+                owner.exited = True
+            self._report()
 
     def _queued(self, chunks: MemoryObjectReceiveStream[tuple[PageOwner, Chunk]]) -> Iterator[tuple[PageOwner, Chunk]]:
         """A fair share of the chunks that wait to be written."""
@@ -204,13 +218,3 @@ def _draw(source: Iterator[tuple[PageOwner, Window]]) -> list[tuple[PageOwner, W
         if page_count(item[1].regions) >= CHUNK_PAGES or time.perf_counter() >= until:
             break
     return items
-
-
-def _write(items: list[tuple[PageOwner, Chunk]], buffer: NDArray[np.uint8]) -> None:
-    for owner, chunk in items:
-        if owner.exited:
-            continue
-        try:
-            owner.write(chunk, buffer)
-        except TargetExited:
-            owner.exited = True

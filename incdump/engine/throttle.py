@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
 """Parts of the time for which the tree is stopped, one after the other."""
 _PERIOD = 0.1
+_STALLED = 2.0
+"""Seconds after which the tree is let go if the event loop does not see to it (it may wait for the tree)."""
 
 
 class Throttle:
@@ -65,7 +67,10 @@ class Throttle:
         if not self.part or self.problem is not None:
             yield
             return
-        async with Freezer(timeout=self._timeout) as freezer, anyio.create_task_group() as tasks:
+        async with (
+            Freezer(timeout=self._timeout, stall_timeout=_STALLED) as freezer,
+            anyio.create_task_group() as tasks,
+        ):
             tasks.start_soon(self._run, freezer)
             try:
                 yield

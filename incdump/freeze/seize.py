@@ -6,7 +6,9 @@
         await freezer.thaw()
 
 The tree is stopped by ptrace (`incdump.freeze.walk`), in a thread of its own (`incdump.freeze.tracer`). Leaving the
-block lets it go, on every way out. If incdump is killed meanwhile the kernel lets it go: no PTRACE_O_EXITKILL.
+block lets it go, on every way out, and so does `Freezer.abandon`, for whoever may have come to wait for the tree; with
+a limit (`incdump.freeze.stall`) it does so by itself. If incdump is killed meanwhile the kernel lets it go: no
+PTRACE_O_EXITKILL.
 
 A program that freezes its own child must not have a thread blocked in waitpid(2) for that child at the time: the kernel
 wakes it up with the child's ptrace-stop, as if that were the child's end. Popen.poll() is safe while the tree is
@@ -21,7 +23,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from incdump.errors import AlreadyTraced
+from incdump.errors import AlreadyTraced, StopStalled
+from incdump.freeze.stall import StallGuard
 from incdump.freeze.tracer import TracerThread
 from incdump.freeze.walk import Process, TreeWalk
 from incdump.model.fields import check_choice
@@ -30,6 +33,7 @@ from incdump.proc.identity import check_own_proc, check_page_size
 from incdump.proc.tree import TRACER_PATIENCE, tracer_leaves
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from incdump.model.options import Afterwards
@@ -77,12 +81,18 @@ class Freezer:
     Cancellation at any await leaves nothing frozen once the block is left; a cancelled `freeze` is undone at once.
 
     :param timeout: seconds to wait for every thread to stop.
+    :param stall_timeout: seconds for which a tree stays frozen without a `report`; it is let go then, and what uses it
+        fails with `incdump.errors.StopStalled`. None: any number.
     :ivar freezing_time: microseconds that the last `freeze` took until every thread was stopped.
     :ivar frozen_time: microseconds from there until the tree was let go.
     """
 
-    def __init__(self, *, timeout: float = 10.0) -> None:
+    def __init__(self, *, timeout: float = 10.0, stall_timeout: float | None = None) -> None:
         self.timeout = timeout
+        self._guard = StallGuard(stall_timeout, self._stall)
+        self._abandoned: StopStalled | None = None
+        self._stall_timeout = stall_timeout
+        self._pid = 0
         self.freezing_time = 0
         self.frozen_time = 0
         self._walk = TreeWalk()
@@ -94,12 +104,28 @@ class Freezer:
 
     async def __aenter__(self) -> Freezer:
         self._tracer.start()
+        self._guard.start()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._tracer.finish(lambda: self._thaw("running"))
+        self._guard.stop()
+        await self._tracer.finish(lambda: self._let_go("running"))
+        if self._abandoned is not None and isinstance(exc, Exception):
+            raise self._abandoned from exc
+
+    @property
+    def report(self) -> Callable[[], None]:
+        """To be called, from any thread, whenever something was done while the tree is frozen."""
+        return self._guard.report
+
+    def abandon(self) -> None:
+        """Let the tree run on at once, if it is frozen: what is being done to it is to fail. From any thread.
+
+        `thaw` raises `incdump.errors.StopStalled` then.
+        """
+        self._tracer.post(self._abandon)
 
     async def freeze(self, pid: int) -> Frozen:
         """Stop every thread of process `pid` and of all its descendants.
@@ -117,13 +143,14 @@ class Freezer:
             return await self._tracer.run(self._freeze, pid, abandoned)
         except asyncio.CancelledError:
             abandoned.set()
-            self._tracer.submit(lambda: self._thaw("running"))
+            self._tracer.submit(lambda: self._let_go("running"))
             raise
 
     async def thaw(self, afterwards: Afterwards = "running") -> None:
         """Let the tree go.
 
         :raises InvalidOption: `afterwards` is none of these; the tree stays frozen until the block is left.
+        :raises StopStalled: it was let go before, as nothing got done, or by `abandon`.
 
         :param afterwards: ``"running"``: as it was before, what was stopped by SIGSTOP stays stopped. ``"stopped"``: in
             group stop, without an instruction in between, until SIGCONT. ``"killed"``: dead by SIGKILL.
@@ -136,6 +163,7 @@ class Freezer:
     def _freeze(self, pid: int, abandoned: threading.Event) -> Frozen:
         if self._walk.processes:
             raise RuntimeError("this Freezer holds a frozen tree already: thaw it first")
+        self._abandoned = None
         check_page_size()
         check_own_proc()
         began = time.monotonic_ns()
@@ -144,6 +172,8 @@ class Freezer:
         finally:
             self._retire_with_leftovers()
         self._frozen_at = time.monotonic_ns()
+        self._pid = pid
+        self._guard.arm()
         self.freezing_time = (self._frozen_at - began) // 1000
         return Frozen(
             tasks=tuple(_frozen_task(process) for process in self._walk.processes.values()),
@@ -166,6 +196,27 @@ class Freezer:
                     raise
 
     def _thaw(self, afterwards: Afterwards) -> None:
+        if self._abandoned is not None:
+            raise self._abandoned
+        self._let_go(afterwards)
+
+    def _stall(self) -> None:
+        """In the guard's thread."""
+        self._tracer.post(self._abandon)
+
+    def _abandon(self) -> None:
+        if not self._walk.processes:
+            return
+        self._abandoned = StopStalled(
+            f"nothing got done for {self._stall_timeout or 0:g} s while process {self._pid} stood still, so it was let "
+            "run on: is it the images' file system, the page server or the terminal that does not answer, and does "
+            "the target itself serve it?",
+            pid=self._pid,
+        )
+        self._let_go("running")
+
+    def _let_go(self, afterwards: Afterwards) -> None:
+        self._guard.disarm()
         if not self._walk.processes:
             return
         try:

@@ -66,8 +66,8 @@ class _Job:
     """Something to do in the thread, and the future that wants to know."""
 
     call: Callable[[], Any]
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop | None
+    future: asyncio.Future[Any] | None
     result: Any = None
     error: BaseException | None = None
 
@@ -81,11 +81,12 @@ class _Job:
 
     def resolve(self) -> None:
         """In the thread: tell the event loop, if there still is one."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._resolve)
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._resolve)
 
     def _resolve(self) -> None:
-        if self.future.done():
+        if self.future is None or self.future.done():
             return
         if self.error is None:
             self.future.set_result(self.result)
@@ -116,9 +117,13 @@ class TracerThread:
     def submit(self, call: Callable[[], T]) -> asyncio.Future[T]:
         """Hand over a job. To be called on the event loop; the job runs even if nobody awaits the future."""
         loop = asyncio.get_running_loop()
-        job = _Job(call, loop, loop.create_future())
-        self._jobs.put(job)
-        return job.future
+        future = loop.create_future()
+        self._jobs.put(_Job(call, loop, future))
+        return future
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Hand over a job that nobody waits for. From any thread."""
+        self._jobs.put(_Job(call, None, None))
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run ``fn(*args)`` in the thread and wait for it. Cancelled, it goes on there; only the result is lost."""

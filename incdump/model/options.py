@@ -65,6 +65,8 @@ class DumpOptions:
     :ivar require_incremental: fail with `incdump.TrackerLost` rather than dump everything against a parent.
     :ivar afterwards: what becomes of the tree after a dump; a pre-dump always leaves it running.
     :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
+    :ivar stall_timeout: seconds for which the tree stays frozen while nothing gets done (no page copied, no image
+        written): it is let go then, and the dump fails with `incdump.StopStalled`.
     :ivar page_server: address and port of a page server, incdump's or CRIU's, that is to have the pages; None: they go
         to the images dir.
     :ivar page_server_timeout: seconds for which it may take nothing, or not answer.
@@ -81,6 +83,7 @@ class DumpOptions:
     require_incremental: bool = False
     afterwards: Afterwards = "running"
     freeze_timeout: float = 10.0
+    stall_timeout: float = 30.0
     page_server: tuple[str, int] | None = None
     page_server_timeout: float = 30.0
     page_server_protocol: ProtocolName = "auto"
@@ -98,6 +101,7 @@ class DumpOptions:
         check_count("writers", self.writers, 1, _MOST_WRITERS)
         check_flag("require_incremental", self.require_incremental)
         check_seconds("freeze_timeout", self.freeze_timeout)
+        check_seconds("stall_timeout", self.stall_timeout)
         check_seconds("page_server_timeout", self.page_server_timeout)
         check_address("page_server", self.page_server)
         check_type("migration", self.migration, str, may_be_none=True)
