@@ -46,8 +46,17 @@ from incdump.engine.dump import DumpRun
 from incdump.engine.sent_image import Sending
 from incdump.engine.tasks import done_before
 from incdump.engine.threads import in_thread
-from incdump.errors import CriuError, ImagesError, LeashUnusable, TargetExited, TargetUnsuitable, XferError
+from incdump.errors import (
+    CriuError,
+    ImagesError,
+    LeashUnusable,
+    StopStalled,
+    TargetExited,
+    TargetUnsuitable,
+    XferError,
+)
 from incdump.freeze.seize import Frozen, FrozenTask
+from incdump.freeze.stall import StallGuard
 from incdump.holder.client import HolderKeeper, end_holder_within
 from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
@@ -164,6 +173,8 @@ class CheckpointRun(DumpRun):
         self._at_gate = at_gate
         self._run: _Run | None = None
         self._smaps: ShortSmaps | None = None
+        self._guard: StallGuard | None = None
+        self._stalled = False
 
     def tasks(self) -> list[Task]:
         """The processes that are dumped."""
@@ -284,6 +295,7 @@ class CheckpointRun(DumpRun):
         self._tell("freezing")
         options, scripts = take_scripts(self._criu_options)
         gate = Gate(images.make_subdir(GATE), images.path, scripts)
+        self._guard = guard = StallGuard(self._options.stall_timeout, self._let_tree_go)
         try:
             command, said = self._command(images.path, place, gate, options), place / STDERR
             self._run = run = _Run(command, self._criu, way, gate, self._smaps, said, self._criu_timeout + _IDLE_BEYOND)
@@ -292,15 +304,20 @@ class CheckpointRun(DumpRun):
                 await in_thread(run.start)
                 await run.until_frozen()
                 self._times.before_scan = _since(began)
+                guard.start()
+                guard.arm()
                 await self._copy(run, pipeline)
                 await run.until_gate()
                 self._times.waited = _since(began) - self._times.before_scan - self._times.memory
                 await in_thread(self._put_in_place, images, place, buffer, break_off=self._break_off)
+                guard.stop()
+                self._check_stands()
                 if self._at_gate is not None:
                     await run.while_it_stands(partial(self._at_gate, self, gate.begun))
                 self._left = self._frozen_now()  # what happens now cannot be taken back
             except BaseException as error:
                 gate.open(may_pass=False)
+                guard.stop()
                 if await run.end(bounded=True) is None:
                     raise self._left_alone(run) from error
                 if isinstance(error, LeashUnusable):
@@ -317,10 +334,42 @@ class CheckpointRun(DumpRun):
             if way == "leash" and not run.scanned and SECCOMP_REFUSED in last_errors(place / LOG):
                 images.remove_subdirs()
                 raise LeashUnusable("CRIU cannot be held on a leash (a process has got a seccomp filter)") from None
+            self._check_stands()
             raise self._failed(place, ended.status) from None
         finally:
             gate.close()
         await in_thread(self._conclude, images, place, status)
+
+    @property
+    def _break_off(self) -> Callable[[], None]:
+        parents = super()._break_off
+
+        def break_off() -> None:
+            if parents is not None:
+                parents()
+            if self._run is not None:
+                self._run.give_up()
+
+        return break_off
+
+    def _report(self) -> None:
+        if self._guard is not None:
+            self._guard.report()
+
+    def _let_tree_go(self) -> None:
+        """In the guard's thread: CRIU lets it go."""
+        self._stalled = True
+        if self._run is not None:
+            self._run.give_up()
+
+    def _check_stands(self) -> None:
+        """:raises StopStalled: CRIU was told to let the tree go."""
+        if self._stalled:
+            raise StopStalled(
+                f"nothing got done for {self._options.stall_timeout:g} s while process {self._pid} stood still, so "
+                "CRIU was had let it run on: is it the images' file system or the page server that does not answer?",
+                pid=self._pid,
+            )
 
     def _note_told(self, told: set[int]) -> None:
         if self._smaps is not None:
@@ -499,6 +548,11 @@ class _Run:
                 self._loop.call_soon_threadsafe(event.set)
 
         return tell
+
+    def give_up(self) -> None:
+        """Have it let the tree go, and fail. From any thread; does not block."""
+        self._gate.open(may_pass=False)
+        self.go_on()
 
     async def until_frozen(self) -> None:
         """Wait until the tree is frozen, and CRIU does not touch the memory any more.

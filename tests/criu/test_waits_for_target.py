@@ -153,19 +153,25 @@ def test_cancelling_a_dump_that_waits_for_its_target_ends_it(server: Server, mon
     assert server.is_fine()
 
 
-def test_who_writes_to_a_pipe_that_the_stopped_target_reads_lets_it_run_on(images_root: Path) -> None:
+@pytest.mark.parametrize("kind", ["dump", "checkpoint"])
+def test_who_writes_to_a_pipe_that_the_stopped_target_reads_lets_it_run_on(images_root: Path, kind: str) -> None:
     """The event loop itself waits, as for a terminal that is served by the target."""
     reading, writing = os.pipe()
-    reader = subprocess.Popen(["sh", "-c", "cat >/dev/null"], stdin=reading)
+    to = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    reader = subprocess.Popen(["cat"], stdin=reading, start_new_session=True, **to)
     os.close(reading)
 
-    def chat(step: str, _stats: object) -> None:
-        if step == "dumping":
+    def chat(_step: str, stats: incdump.DumpStats) -> None:
+        if stats.pages_written:
             os.write(writing, bytes(1 << 20))
 
     try:
         options = incdump.DumpOptions(stall_timeout=1)
         job = partial(incdump.dump, reader.pid, images_root / "1", options=options, progress=chat)
+        if kind == "checkpoint":
+            job = partial(
+                incdump.checkpoint, reader.pid, images_root / "1", options=options, progress=chat, criu=str(criu_path())
+            )
         fails_soon(job, incdump.StopStalled)
         assert not (images_root / "1").exists()
         assert all(is_untouched(task.pid) for task in process_tree(reader.pid))
