@@ -62,10 +62,14 @@ def offered(shell: str, *words: str, cwd: Path = ROOT) -> str:
     return done.out
 
 
+NAME = f"inc{os.getpid()}"
+"""Nobody else's, also if these tests run twice at the same time."""
+
+
 @pytest.fixture
 def named() -> Iterator[subprocess.Popen[bytes]]:
     """A process with a name of its own."""
-    code = "open('/proc/self/comm', 'w').write('incdump-shown'); print('ready', flush=True); input()"
+    code = f"open('/proc/self/comm', 'w').write('{NAME}-shown'); print('ready', flush=True); input()"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
@@ -75,13 +79,13 @@ def named() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_running_processes_are_offered_with_their_names(shell: str, named: subprocess.Popen[bytes]) -> None:
-    for typed in ("incdump-sh", str(named.pid)):
+    for typed in (f"{NAME}-sh", str(named.pid)):
         answer = offered(shell, "dump", "-t", typed)
         assert str(named.pid) in answer
-        assert ("incdump-shown: " in answer) == (shell != "bash")  # which shows values alone
-    assert str(named.pid) in offered(shell, "untrack", "incdump-sh")
-    assert str(named.pid) in offered(shell, "check", "x", "--against", "incdump-sh")
-    assert str(named.pid) not in offered(shell, "dump", "-t", "incdump-other")
+        assert (f"{NAME}-shown: " in answer) == (shell != "bash")  # which shows values alone
+    assert str(named.pid) in offered(shell, "untrack", f"{NAME}-sh")
+    assert str(named.pid) in offered(shell, "check", "x", "--against", f"{NAME}-sh")
+    assert str(named.pid) not in offered(shell, "dump", "-t", f"{NAME}-other")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -113,7 +117,8 @@ def test_bash_completes_a_name_to_the_number_of_its_process(tmp_path: Path, name
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m incdump "$@"\n')
     program.chmod(0o755)
     script = (
-        'eval "$(_INCDUMP_COMPLETE=bash_source incdump)"; COMP_WORDS=(incdump dump -t incdump-sh); COMP_CWORD=3; '
+        'eval "$(_INCDUMP_COMPLETE=bash_source incdump)"; '
+        f"COMP_WORDS=(incdump dump -t {NAME}-sh); COMP_CWORD=3; "
         '_incdump_completion incdump; echo "${COMPREPLY[@]}"; complete -p incdump'
     )
     env = environment({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
