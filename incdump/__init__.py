@@ -76,8 +76,10 @@ if TYPE_CHECKING:
         UnsupportedPageSize,
         XferError,
     )
-    from incdump.images.chain import ChainReport
+    from incdump.images.chain import ChainReport, LevelReport
     from incdump.images.images_dir import ImagesDir
+    from incdump.images.inventory import Inventory
+    from incdump.images.pagemap import Pagemap, PagemapSummary
     from incdump.model.options import DumpOptions, TlsFiles
     from incdump.model.precopy import (
         Decision,
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
         Rule,
         should_stop,
     )
-    from incdump.model.runs import Runs
+    from incdump.model.runs import Entries, Runs
     from incdump.model.stats import CheckpointTimes, DumpResult, DumpStats, FreezePart, RestoreResult, freeze_parts
 
 __version__ = "0.1.0.dev0"
@@ -144,6 +146,11 @@ __all__ = (  # noqa: RUF022 - grouped by what they are for
     "check_against",
     "ChainReport",
     "AgainstReport",
+    "LevelReport",
+    "Inventory",
+    "Pagemap",
+    "PagemapSummary",
+    "Entries",
     "Runs",
     # errors
     "IncdumpError",
@@ -220,6 +227,11 @@ _HOME = {
     "check": "incdump.engine.check",
     "check_against": "incdump.engine.check",
     "ChainReport": "incdump.images.chain",
+    "LevelReport": "incdump.images.chain",
+    "Inventory": "incdump.images.inventory",
+    "Pagemap": "incdump.images.pagemap",
+    "PagemapSummary": "incdump.images.pagemap",
+    "Entries": "incdump.model.runs",
     "AgainstReport": "incdump.engine.check",
 }
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 __all__ = (
     "AlreadyTraced",
@@ -111,12 +112,12 @@ class InvalidOption(IncdumpError, ValueError):
 
     exit_code = 2
 
-    def __init__(self, field: str, value: object, wanted: str) -> None:
+    def __init__(self, field: str, value: Any, wanted: str) -> None:
         super().__init__(f"{field}: {value!r} cannot be used; {wanted}")
         self.field = field
         self.value = value
 
-    def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, Any, str]]:
         return type(self), (self.field, self.value, str(self).rpartition("cannot be used; ")[2])
 
 

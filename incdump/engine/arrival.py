@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from incdump.engine.listener import Client, Listener
     from incdump.engine.page_server import Arriving, SessionReport
     from incdump.model.stats import RestoreResult
+    from incdump.xfer.control import Json
 
 _PAGES_WAITING = 8
 _LAST_WORD_SECONDS = 2.0
@@ -196,7 +197,7 @@ class Arrival:
             self.state = "void"
             self._scope.cancel()
 
-    async def run(self, talk: Conversation, tree: object) -> MigrationReport:
+    async def run(self, talk: Conversation, tree: Json) -> MigrationReport:
         """Receive it, and bring it to life."""
         error: IncdumpError | None = None
         try:
@@ -243,10 +244,10 @@ class Arrival:
             warning=self._warning,
         )
 
-    async def _receive(self, talk: Conversation, tree: object) -> None:
+    async def _receive(self, talk: Conversation, tree: Json) -> None:
         lacks = await in_thread(problems, tree, self._criu)
         self._pid, self._comm = who(tree)
-        about: dict[str, object] = {"restores": self._criu is not None}
+        about: dict[str, Any] = {"restores": self._criu is not None}
         if self._criu is not None:
             about |= {"criu": str(self._criu), "restore_rate": await in_thread(restore_rate)}
         await talk.say("welcome", token=self.token, problems=lacks, **about)

@@ -22,6 +22,7 @@ from incdump.freeze.seize import Freezer
 from incdump.holder.client import keep_holder_out_of_trees
 from incdump.images.chain import ChainReport, check_chain
 from incdump.images.images_dir import ImagesDir
+from incdump.model.arguments import check_arguments
 from incdump.model.runs import (
     PAGE_SIZE,
     Runs,
@@ -80,7 +81,7 @@ class AgainstReport:
         """Whether every page is right."""
         return not (self.pages_wrong or self.pages_missing or self.pages_stray)
 
-    def note(self, what: str, where: str, runs: Runs, vmas: VmaTable | None = None) -> int:
+    def _note(self, what: str, where: str, runs: Runs, vmas: VmaTable | None = None) -> int:
         """Name the first of some pages; returns how many there are."""
         for start in runs[: max(0, _SHOWN - len(self.first)), 0].tolist():
             name = ""
@@ -109,6 +110,7 @@ def check(images_dir: str | os.PathLike[str]) -> ChainReport:
     :param images_dir: the newest directory of the chain.
     :raises incdump.errors.ImagesError: what is wrong, with path, pid and address.
     """
+    check_arguments(images_dir=images_dir)
     return check_chain(ImagesDir(images_dir))
 
 
@@ -126,6 +128,7 @@ async def check_against(
     :raises incdump.errors.ImagesError: the chain is broken.
     :raises incdump.errors.TargetError: the process cannot be looked at.
     """
+    check_arguments(images_dir=images_dir, pid=pid, freeze_timeout=freeze_timeout)
     images = ImagesDir(images_dir)
     await in_thread(check_chain, images)
     root = await in_thread(check_target, pid)
@@ -172,7 +175,7 @@ def _compare_process(images: ImagesDir, pid: int, vpid: int, vmas: VmaTable, rep
     held = images.covered(vpid) if images.has("pagemap", vpid) else empty_runs()
     with ProcessMemory(pid) as memory:
         mapped = canonical(vmas.spans(~vmas.of_kind(VmaKind.VVAR, VmaKind.VSYSCALL, VmaKind.DEVICE)))
-        report.pages_stray += report.note("is in the images only", where, subtract(held, mapped), vmas)
+        report.pages_stray += report._note("is in the images only", where, subtract(held, mapped), vmas)
         both = intersect(held, mapped)
         _compare(both, partial(images.read_pages, vpid), memory.read_into, where, report, vmas)
         missing = subtract(_payload(pid, vmas), held)
@@ -216,7 +219,7 @@ def _compare(
         differ = (ours[:size].reshape(-1, PAGE_SIZE) != theirs[:size].reshape(-1, PAGE_SIZE)).any(1)
         wrong = union(runs_of_pages(page_addresses(batch)[differ]), failed)
         report.pages_compared += page_count(batch)
-        report.pages_wrong += report.note("differs", where, wrong, vmas)
+        report.pages_wrong += report._note("differs", where, wrong, vmas)
 
 
 def _look_for_missing(
@@ -233,4 +236,4 @@ def _look_for_missing(
         failed = read_memory(buffer[:size], batch)
         used = buffer[:size].reshape(-1, PAGE_SIZE).any(1)
         lost = subtract(runs_of_pages(page_addresses(batch)[used]), failed)
-        report.pages_missing += report.note("is missing", where, lost, vmas)
+        report.pages_missing += report._note("is missing", where, lost, vmas)

@@ -61,8 +61,8 @@ from incdump.holder.client import HolderKeeper, end_holder_within
 from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
-from incdump.model.fields import check_choice
-from incdump.model.options import WAYS, DumpOptions
+from incdump.model.arguments import check_arguments
+from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
@@ -135,9 +135,12 @@ async def checkpoint(
     :param criu_options: further options for ``criu dump``.
     :param way: how CRIU is kept from the memory: ``"leash"``, ``"lazy-pages"``, or ``"auto"``: the first of these that
         can be used.
+    :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.errors.CriuError: CRIU is missing, too old, refused the tree or failed; its reason is in the text.
     :raises incdump.IncdumpError: as for `incdump.dump`. The tree runs on, no images are left.
     """
+    check_arguments(pid=pid, images_dir=images_dir, parent=parent, options=options, progress=progress)
+    check_arguments(criu=criu, criu_options=criu_options, way=way)
     keeper = HolderKeeper()
     options = options or DumpOptions(afterwards="killed")
     try:
@@ -187,7 +190,7 @@ class CheckpointRun(DumpRun):
     @names_limits
     async def with_criu(self, criu: str | None, criu_options: Sequence[str], way: WayName) -> DumpResult:
         """Do it; see `checkpoint`."""
-        check_choice("way", way, WAYS)
+        check_arguments(criu=criu, criu_options=criu_options, way=way)
         self._criu: Criu = await in_thread(find, criu)
         await in_thread(refuse_scripts_in_files, criu_options)
         self._criu_options = criu_options

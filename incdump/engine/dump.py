@@ -43,6 +43,7 @@ from incdump.images.images_dir import ImagesDir
 from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
 from incdump.images.new_dir import INVENTORY, SIDECAR, NewImagesDir
 from incdump.images.stats import encode_stats
+from incdump.model.arguments import check_arguments
 from incdump.model.options import DumpOptions
 from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
@@ -88,6 +89,7 @@ async def predump(
     :param images_dir: where to; made if missing, refused if it holds images.
     :param parent: the previous images dir, as CRIU's ``--prev-images-dir``: relative to `images_dir`, or absolute.
     :param progress: called at every step with a word for it and the counters so far; must be quick.
+    :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.IncdumpError: nothing was written then that could be taken for a dump, the target runs on, and the
         next dump against the same parent is right.
     """
@@ -118,6 +120,7 @@ async def _with_holder(
     options: DumpOptions | None,
     progress: Callable[[str, DumpStats], None] | None,
 ) -> DumpResult:
+    check_arguments(pid=pid, images_dir=images_dir, parent=parent, options=options, progress=progress)
     keeper = HolderKeeper()
     try:
         return await DumpRun(kind, pid, images_dir, parent, options or DumpOptions(), keeper, progress).run()

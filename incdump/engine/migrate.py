@@ -41,9 +41,9 @@ from incdump.errors import (
     ProtocolError,
     XferError,
 )
-from incdump.model.fields import check_choice, check_seconds
-from incdump.model.options import WAYS, DumpOptions
-from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy, should_stop
+from incdump.model.arguments import check_arguments
+from incdump.model.options import DumpOptions
+from incdump.model.precopy import Freeze, PrecopyPolicy, should_stop
 from incdump.model.stats import FreezePart, freeze_parts
 from incdump.proc.identity import signal_same
 from incdump.proc.limits import names_limits
@@ -130,6 +130,8 @@ async def migrate(
     """Move a process tree to where an `incdump.Receiver` listens.
 
     :param pid: the root of the tree.
+    :param address: of the receiver's host, or its name.
+    :param port: where the receiver listens.
     :param policy: when to stop it, as for `incdump.precopy`.
     :param options: for every dump; ``options.tls`` is used for all connections.
     :param rule: decides after each round.
@@ -147,6 +149,7 @@ async def migrate(
     :param if_unknown: what becomes of the tree here when it cannot be found out whether it runs over there.
     :param asking: seconds for which it is tried to find out, the tree standing still.
     :param way: how CRIU is kept from the memory, as for `incdump.checkpoint`.
+    :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.errors.CannotMigrate: the receiver's host lacks something: nothing was begun.
     :raises incdump.errors.MigrationError: it failed over there; the tree goes on here.
     :raises incdump.errors.HookTimeout: the hook took too long at ``stopped``; the tree goes on here.
@@ -155,10 +158,10 @@ async def migrate(
     :raises incdump.errors.IncdumpError: as for `incdump.checkpoint`; the tree goes on here.
     """
     began = time.monotonic()
-    check_choice("if_unknown", if_unknown, IF_UNKNOWN)
-    check_choice("way", way, WAYS)
-    check_seconds("asking", asking, may_be_zero=True)
-    check_seconds("hook_timeout", hook_timeout)
+    check_arguments(pid=pid, address=address, port=port, policy=policy, options=options, rule=rule, freezes=freezes)
+    check_arguments(on_round=on_round, on_written=on_written, on_step=on_step, progress=progress)
+    check_arguments(criu=criu, criu_options=criu_options, way=way)
+    check_arguments(hook=hook, hook_timeout=hook_timeout, if_unknown=if_unknown, asking=asking)
     options = options or DumpOptions()
     source = _Source(
         pid, address, port, options, Hook(tuple(hook), hook_timeout), on_step or _tell_nobody, if_unknown, asking
@@ -293,7 +296,7 @@ class _Source:
             raise ConnectionLost(f"the receiver at {self.receiver} hung up: {error.strerror}") from error
         return control
 
-    async def introduce(self, talk: Conversation, tree: dict[str, object]) -> None:
+    async def introduce(self, talk: Conversation, tree: dict[str, Any]) -> None:
         """Say what is to come, at once, and hear whether it can be taken.
 
         :param tree: see `incdump.engine.requirements.describe`.

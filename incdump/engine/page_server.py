@@ -25,7 +25,7 @@ from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError
 from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
-from incdump.model.fields import check_count, check_flag, check_seconds, check_type
+from incdump.model.fields import check_count, check_flag, check_path, check_seconds, check_type
 from incdump.model.options import TlsFiles
 from incdump.proc.identity import check_page_size
 from incdump.xfer import compression
@@ -37,6 +37,7 @@ from incdump.xfer.stored import StoredImages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import TracebackType
     from typing import Self
 
     from incdump.engine.listener import Client
@@ -271,7 +272,11 @@ class PageServer:
         """
         :param images_dir: where to; made if missing, refused if it holds images.
         :param parent: the parent images dir of the first session: relative to `images_dir`, or absolute.
+        :raises incdump.InvalidOption: an argument is of another type.
         """
+        check_path("images_dir", images_dir)
+        check_path("parent", parent, may_be_none=True)
+        check_type("options", options, PageServerOptions, may_be_none=True)
         self._options = options or PageServerOptions()
         self._listener = Listener(
             self._options.address, self._options.port, timeout=self._options.timeout, tls=self._options.tls
@@ -309,8 +314,10 @@ class PageServer:
         await self._listener.__aenter__()
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._listener.__aexit__(*exc_info)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._listener.__aexit__(kind, error, trace)
 
     async def serve(self, on_session: Callable[[SessionReport], None] | None = None) -> list[SessionReport]:
         """Serve clients, one after the other, until all rounds were served, or for ever.

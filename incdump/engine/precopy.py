@@ -31,9 +31,9 @@ from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper
 from incdump.images.proved import ProvedChain
-from incdump.model.fields import check_choice
+from incdump.model.arguments import check_arguments
 from incdump.model.hot import HotPages
-from incdump.model.options import WAYS, DumpOptions
+from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
 from incdump.proc.limits import names_limits
 from incdump.tracking import soft_dirty
@@ -120,16 +120,19 @@ async def precopy(
     :param criu: for a checkpoint: CRIU's program.
     :param criu_options: for a checkpoint: further options for ``criu dump``.
     :param way: for a checkpoint: how CRIU is kept from the memory, as for `incdump.checkpoint`.
+    :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.errors.DidNotConverge: the rest did not become small enough in time, and ``on_timeout`` is
         ``"cancel"``. The tree runs on; the rounds stay.
     :raises incdump.errors.IncdumpError: as for `incdump.predump`, `incdump.dump` and `incdump.checkpoint`.
     """
+    check_arguments(pid=pid, images_dir=images_dir, policy=policy, options=options, rule=rule, freezes=freezes)
+    check_arguments(on_round=on_round, on_written=on_written, progress=progress)
+    check_arguments(criu=criu, criu_options=criu_options, way=way)
     options = options or DumpOptions()
     refuse_page_server(options)
     run = Loop(
         pid, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes, on_round, on_written, progress
     )
-    check_choice("way", way, WAYS)
     run.way = way
     return await run.run(criu, criu_options)
 

@@ -26,6 +26,7 @@ from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesDirInUse, IncdumpError, ProtocolError
 from incdump.images.framing import raise_io_error
+from incdump.model.fields import check_path, check_type
 from incdump.proc.identity import check_own_proc, check_page_size
 from incdump.proc.limits import names_limits
 from incdump.xfer.block_server import hear_terms, tell
@@ -35,6 +36,7 @@ from incdump.xfer.sockets import farewell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from types import TracebackType
     from typing import Self
 
     from incdump.criu.program import Criu
@@ -62,7 +64,10 @@ class Receiver:
     def __init__(self, images_dir: str | os.PathLike[str], options: ReceiverOptions | None = None) -> None:
         """
         :param images_dir: where to; made if missing.
+        :raises incdump.InvalidOption: an argument is of another type.
         """
+        check_path("images_dir", images_dir)
+        check_type("options", options, ReceiverOptions, may_be_none=True)
         self._options = options or ReceiverOptions()
         self._path = Path(os.path.abspath(images_dir))
         self._criu: Criu | None = None
@@ -115,8 +120,10 @@ class Receiver:
         await self._listener.__aenter__()
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self._listener.__aexit__(*exc_info)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._listener.__aexit__(kind, error, trace)
 
     @names_limits
     async def serve(

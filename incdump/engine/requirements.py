@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from incdump.criu.program import Criu
     from incdump.proc.tree import Task
+    from incdump.xfer.control import Json
 
 _SECONDS = 60
 _NAMED = 5
@@ -132,7 +133,7 @@ def _facts(path: str) -> dict[str, Any] | None:
         os.close(fd)
 
 
-def who(tree: object) -> tuple[int, str]:
+def who(tree: Json) -> tuple[int, str]:
     """The root's process number, and command name, of what `describe` said.
 
     :raises incdump.errors.ProtocolError: that makes no sense.
@@ -144,7 +145,7 @@ def who(tree: object) -> tuple[int, str]:
     raise ProtocolError("the tree that is to come is not described")
 
 
-def problems(tree: object, criu: Criu | None) -> list[str]:
+def problems(tree: Json, criu: Criu | None) -> list[str]:
     """What this host lacks for a tree to be restored here, a line each, for people at the other end. Blocks.
 
     :param tree: what `describe` said there.

@@ -26,6 +26,7 @@ from incdump.images.core import has_registers
 from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.images.stats import decode_restore_stats
+from incdump.model.arguments import check_arguments
 from incdump.model.stats import RestoreResult
 from incdump.proc.identity import Identity, boot_id, check_own_proc, check_page_size, is_same, read_stat, signal_same
 from incdump.proc.limits import as_before, names_limits, starting
@@ -59,10 +60,12 @@ async def restore(
     :param pidfile: where to write the root's pid.
     :param criu: CRIU's program; None: where it is installed.
     :param criu_options: further options for ``criu restore``.
+    :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.errors.ImagesError: the chain is damaged, or holds memory only: nothing was started.
     :raises incdump.errors.CriuError: CRIU is missing or failed; its reason is in the message.
     :raises incdump.errors.ProcMismatch: /proc is another pid namespace's: nothing was started.
     """
+    check_arguments(images_dir=images_dir, detached=detached, pidfile=pidfile, criu=criu, criu_options=criu_options)
     check_own_proc()  # CRIU goes by its numbers, too
     check_page_size()
     program = await in_thread(find, criu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Self
 
 from incdump.engine.dump import DumpRun
@@ -12,20 +13,19 @@ from incdump.engine.precopy import Loop, refuse_page_server
 from incdump.errors import HolderError
 from incdump.holder.client import OwnKeeper
 from incdump.images.proved import ProvedChain
-from incdump.model.fields import check_choice
-from incdump.model.options import WAYS, DumpOptions
+from incdump.model.arguments import check_arguments
+from incdump.model.options import DumpOptions
 from incdump.model.precopy import PrecopyPolicy, should_stop
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from types import TracebackType
 
     from incdump.engine.dump import Kind
     from incdump.engine.precopy import PrecopyResult
     from incdump.model.options import WayName
     from incdump.model.precopy import Decision, Freeze, PrecopyRound, Rule
     from incdump.model.stats import DumpResult, DumpStats
-
-_LAST = object()
 
 
 class Session:
@@ -36,10 +36,12 @@ class Session:
 
     :param pid: the root of the tree.
     :param options: for every dump of the session.
+    :raises incdump.InvalidOption: `pid` or `options` is of another type.
     :ivar rounds: the results so far.
     """
 
     def __init__(self, pid: int, options: DumpOptions | None = None) -> None:
+        check_arguments(pid=pid, options=options)
         self.pid = pid
         self.options = options or DumpOptions()
         self.rounds: list[DumpResult] = []
@@ -54,7 +56,9 @@ class Session:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -66,7 +70,7 @@ class Session:
         self,
         images_dir: str | os.PathLike[str],
         *,
-        parent: str | os.PathLike[str] | object | None = _LAST,
+        parent: str | os.PathLike[str] | EllipsisType | None = ...,
         progress: Callable[[str, DumpStats], None] | None = None,
     ) -> DumpResult:
         """A pre-dump, as `incdump.predump`.
@@ -75,6 +79,7 @@ class Session:
             it is the session's last.
         """
 
+        check_arguments(progress=progress)
         make = partial(self._dump, "pre-dump", images_dir, self.options, progress)
         return await self._run(images_dir, parent, make)
 
@@ -82,7 +87,7 @@ class Session:
         self,
         images_dir: str | os.PathLike[str],
         *,
-        parent: str | os.PathLike[str] | object | None = _LAST,
+        parent: str | os.PathLike[str] | EllipsisType | None = ...,
         options: DumpOptions | None = None,
         progress: Callable[[str, DumpStats], None] | None = None,
     ) -> DumpResult:
@@ -91,6 +96,7 @@ class Session:
         :param options: instead of the session's, for example to leave the tree stopped.
         """
 
+        check_arguments(options=options, progress=progress)
         make = partial(self._dump, "dump", images_dir, options or self.options, progress)
         return await self._run(images_dir, parent, make)
 
@@ -98,7 +104,7 @@ class Session:
         self,
         images_dir: str | os.PathLike[str],
         *,
-        parent: str | os.PathLike[str] | object | None = _LAST,
+        parent: str | os.PathLike[str] | EllipsisType | None = ...,
         options: DumpOptions | None = None,
         criu: str | None = None,
         criu_options: Sequence[str] = (),
@@ -111,6 +117,8 @@ class Session:
             own options it runs on, unless they say otherwise, where `incdump.checkpoint` would have it killed.
         """
         from incdump.engine.checkpoint import CheckpointRun  # only where there is CRIU
+
+        check_arguments(options=options, criu=criu, criu_options=criu_options, way=way, progress=progress)
 
         def make(text: str | None) -> Awaitable[DumpResult]:
             arguments = (self.pid, images_dir, text, options or self.options, self._keeper, progress)
@@ -153,20 +161,24 @@ class Session:
 
         :param options: instead of the session's.
         """
+        check_arguments(images_dir=images_dir, policy=policy, options=options, rule=rule, freezes=freezes)
+        check_arguments(criu=criu, criu_options=criu_options, way=way)
         options = options or self.options
         refuse_page_server(options)
         loop = _SessionLoop(self, Path.cwd() / images_dir, policy or PrecopyPolicy(), options, rule, freezes)
-        check_choice("way", way, WAYS)
         loop.way = way
         return PrecopyRounds(loop, criu, criu_options)
 
     async def _run(
         self,
         images_dir: str | os.PathLike[str],
-        parent: object,
+        parent: str | os.PathLike[str] | EllipsisType | None,
         make: Callable[[str | None], Awaitable[DumpResult]],
     ) -> DumpResult:
         """:param make: makes a dump on top of a parent, and has the session's keeper to itself meanwhile."""
+        check_arguments(images_dir=images_dir)
+        if not isinstance(parent, EllipsisType):
+            check_arguments(parent=parent)
         if self._closed:
             raise HolderError("the session is closed: open another", pid=self.pid)
         if self._busy:
@@ -180,12 +192,13 @@ class Session:
         self.rounds.append(result)
         return result
 
-    def _parent_text(self, images_dir: str | os.PathLike[str], parent: object) -> str | None:
+    def _parent_text(
+        self, images_dir: str | os.PathLike[str], parent: str | os.PathLike[str] | EllipsisType | None
+    ) -> str | None:
         """The parent as the link's text: relative, so that a whole chain can be moved."""
         if parent is None:
             return None
-        if parent is not _LAST:
-            assert isinstance(parent, (str, os.PathLike))
+        if not isinstance(parent, EllipsisType):
             return os.fspath(parent)
         if not self.rounds:
             return None
@@ -250,7 +263,7 @@ class _SessionLoop(Loop):
             hot, proved = self._to_defer(), self._proved
             return DumpRun("pre-dump", self._pid, path, text, options, keeper, hot=hot, proved=proved).run()
 
-        return await self._session._run(path, _LAST, make)
+        return await self._session._run(path, ..., make)
 
     async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
         path = self._path / str(number)
@@ -264,4 +277,4 @@ class _SessionLoop(Loop):
             run = CheckpointRun(*arguments, hot=self._hot, proved=self._proved)
             return run.with_criu(criu, criu_options, self.way)
 
-        return await self._session._run(path, _LAST, make)
+        return await self._session._run(path, ..., make)

@@ -6,6 +6,7 @@ from incdump.engine.threads import in_thread
 from incdump.errors import NoSuchTarget
 from incdump.holder.client import forget
 from incdump.holder.wire import runtime_dir
+from incdump.model.arguments import check_arguments
 from incdump.proc.identity import check_own_proc
 from incdump.proc.limits import names_limits
 from incdump.proc.tree import process_tree
@@ -21,8 +22,11 @@ async def untrack(pid: int | None) -> list[int]:
 
     :param pid: the root of a tree, whose processes are given up, or None for every process that this user tracks.
     :returns: the processes that were tracked until now, possibly none.
+    :raises incdump.InvalidOption: `pid` cannot be one.
     :raises incdump.errors.HolderError: one of them is being dumped right now.
     """
+    if pid is not None:
+        check_arguments(pid=pid)
     return await in_thread(_untrack, pid)
 
 

@@ -7,12 +7,11 @@ taken for the last of the choices.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Sequence
+from typing import Any
 
 from incdump.errors import InvalidOption
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def check_choice(field: str, value: object, choices: Sequence[str]) -> None:
@@ -80,6 +79,38 @@ def check_type(field: str, value: object, kind: type | tuple[type, ...], *, may_
     if not isinstance(value, kind):
         names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InvalidOption(field, value, f"give a value of type {names}")
+
+
+def check_path(field: str, value: Any, *, may_be_none: bool = False) -> None:
+    """Refuse what is no path.
+
+    :raises InvalidOption: it is neither a text nor an `os.PathLike` of one, it is empty, or no path can have such
+        characters in it.
+    """
+    if value is None and may_be_none:
+        return
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidOption(field, value, "give a path, as a text or a pathlib.Path")
+
+
+def check_callable(field: str, value: Any, *, may_be_none: bool = False) -> None:
+    """Refuse what cannot be called.
+
+    :raises InvalidOption: it cannot.
+    """
+    if not (callable(value) or (value is None and may_be_none)):
+        raise InvalidOption(field, value, "give a function")
+
+
+def check_sequence(field: str, value: Any, kind: type) -> None:
+    """Refuse what is no sequence of values of one type: one text alone would pass for one of letters.
+
+    :raises InvalidOption: it is not.
+    """
+    is_sequence = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    if not is_sequence or not all(isinstance(part, kind) for part in value):
+        raise InvalidOption(field, value, f"give a list or tuple of values of type {kind.__name__}")
 
 
 def check_words(field: str, value: object) -> None:

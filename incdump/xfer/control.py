@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from incdump.errors import ConnectionLost, ProtocolError
 from incdump.xfer.blocks import LENGTH
@@ -66,6 +66,10 @@ def decode_message(text: bytes) -> dict[str, Any]:
 
 class TooMuch(ProtocolError):
     """A message that is longer than it may be."""
+
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+"""What the other end has said, of which nothing is known yet."""
 
 
 class Control:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,109 @@ WRONG: list[tuple[Callable[..., object], str, Any]] = [
     (ReceiverOptions, "criu_options", ["--shell-job"]),
     (ReceiverOptions, "hook_timeout", None),
 ]
+
+
+WRONG_ARGUMENTS: list[tuple[str, str, Any]] = [
+    *(
+        (name, "pid", value)
+        for name in ("predump", "dump", "checkpoint", "precopy", "migrate")
+        for value in ("7", 0, True)
+    ),
+    *(
+        (name, "images_dir", value)
+        for name in ("predump", "checkpoint", "precopy", "restore")
+        for value in (None, b"x", "")
+    ),
+    *(
+        (name, "options", value)
+        for name in ("predump", "dump", "checkpoint", "precopy", "migrate")
+        for value in ({}, "x")
+    ),
+    *((name, "criu_options", "--shell-job") for name in ("checkpoint", "precopy", "migrate", "restore")),
+    *((name, "criu", 4.1) for name in ("checkpoint", "precopy", "migrate", "restore")),
+    *((name, "way", "leashed") for name in ("checkpoint", "precopy", "migrate")),
+    *((name, "progress", "yes") for name in ("predump", "dump", "checkpoint", "precopy", "migrate")),
+    *((name, "policy", DumpOptions()) for name in ("precopy", "migrate")),
+    *((name, "rule", "never") for name in ("precopy", "migrate")),
+    *((name, "freezes", [1.0]) for name in ("precopy", "migrate")),
+    ("dump", "parent", 1),
+    ("dump", "images_dir", "a\0b"),
+    ("checkpoint", "criu_options", [1]),
+    ("precopy", "on_round", 1),
+    ("migrate", "on_step", 1),
+    ("migrate", "address", 7),
+    ("migrate", "port", "7777"),
+    ("migrate", "port", 0),
+    ("migrate", "hook", "/bin/true"),
+    ("migrate", "hook", (1,)),
+    ("migrate", "hook_timeout", 0),
+    ("migrate", "if_unknown", "kill"),
+    ("migrate", "asking", -1),
+    ("restore", "detached", "yes"),
+    ("restore", "pidfile", 1),
+    ("check", "images_dir", 1),
+    ("check_against", "pid", None),
+    ("check_against", "freeze_timeout", 0),
+    ("untrack", "pid", "7"),
+    ("Session", "pid", "7"),
+    ("Session", "options", {"afterwards": "run"}),
+    ("Receiver", "images_dir", None),
+    ("Receiver", "options", DumpOptions()),
+    ("PageServer", "images_dir", 1),
+    ("PageServer", "parent", 1),
+    ("PageServer", "options", "once"),
+]
+RIGHT: dict[str, dict[str, Any]] = {
+    "pid": {"pid": 1},
+    "images_dir": {"images_dir": "/nowhere/at/all"},
+    "address": {"address": "127.0.0.1"},
+    "port": {"port": 1},
+}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("name", "field", "value"), WRONG_ARGUMENTS)
+async def test_a_function_refuses_a_wrong_argument_by_its_name(name: str, field: str, value: object) -> None:
+    function = getattr(incdump, name)
+    arguments: dict[str, Any] = {}
+    for needed, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is parameter.empty and needed in RIGHT:
+            arguments |= RIGHT[needed]
+    with pytest.raises(InvalidOption, match=rf"^{field}: .* cannot be used; (give|choose)") as raised:
+        await _done(function(**{**arguments, field: value}))
+    assert raised.value.field == field
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("predump", "images_dir", None),
+        ("predump", "parent", 7),
+        ("predump", "progress", 7),
+        ("dump", "options", {}),
+        ("dump", "images_dir", ""),
+        ("checkpoint", "criu_options", "--shell-job"),
+        ("checkpoint", "way", "leashed"),
+        ("checkpoint", "criu", 4),
+        ("checkpoint", "parent", b"x"),
+        ("precopy", "policy", {}),
+        ("precopy", "way", None),
+        ("precopy", "criu_options", "-j"),
+        ("precopy", "rule", None),
+    ],
+)
+async def test_a_session_refuses_a_wrong_argument_by_its_name(method: str, field: str, value: object) -> None:
+    async with incdump.Session(1) as session:
+        with pytest.raises(InvalidOption, match=rf"^{field}: .* cannot be used; (give|choose)"):
+            await _done(getattr(session, method)(**{"images_dir": "/nowhere/at/all", field: value}))
+        assert session.rounds == []
+
+
+async def _done(value: Any) -> None:
+    """Await what is to be awaited."""
+    if inspect.isawaitable(value):
+        await value
 
 
 @pytest.mark.parametrize(("options", "field", "value"), WRONG)
