@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS = (
-    "predump", "dump", "checkpoint", "restore", "precopy", "migrate", "receive", "check", "untrack", "page-server",
-    "doctor",
+    "predump", "dump", "checkpoint", "restore", "precopy", "migrate", "receive", "check", "untrack", "holder",
+    "page-server", "doctor",
 )  # fmt: skip
 ALIASES = {"pre-dump": "predump", "pre-copy": "precopy"}
 """CRIU's name, and the field's, for what is one word here."""

@@ -437,7 +437,7 @@ class DumpRun:
             why = f"the page server has no parent images of process {process.task.pid}"
         else:
             since = f"what process {process.task.pid} wrote since {self._parent.path}"
-            why = f"the tracker ({self._tracker}) cannot tell {since}"
+            why = self._parent.why_untold(process.task) or f"the tracker ({self._tracker}) cannot tell {since}"
         if self._options.require_incremental:
             raise TrackerLost(f"{why}; dump without --prev-images-dir", pid=process.task.pid, path=self._parent.path)
         self._warn(f"{why}: all of it is dumped")
@@ -486,6 +486,7 @@ class DumpRun:
 
     def _meta(self) -> dict[str, object]:
         alive = [p for p in self._processes.values() if not p.exited]
+        holder = self._keeper.holder
         return {
             "version": 1,
             "kind": self._kind,
@@ -494,6 +495,7 @@ class DumpRun:
             "tracker": self._tracker,
             "generation": self._generation,
             "hash_seed": self._means.seed,
+            "holder": None if holder is None else {"pid": holder.pid, "start_time": holder.start_time},
             "processes": {str(p.task.vpid): p.meta(self._generation) for p in alive},
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from incdump.errors import ParentMismatch
 from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
 from incdump.model.runs import empty_runs
-from incdump.proc.identity import boot_offset
+from incdump.proc.identity import Identity, boot_offset, is_same
 from incdump.tracking import content
 from incdump.tracking.content import HashTable
 from incdump.xfer.wire import Image
@@ -53,6 +54,7 @@ class Parent:
         meta = self._images.meta()
         self._processes: dict[str, Any] | None = None if meta is None else meta.get("processes", {})
         self.seed = None if meta is None else meta.get("hash_seed")
+        self._holder = _holder(meta, boot_id)
         self._is_checkpoint = meta is not None and meta.get("kind") == "checkpoint"
 
     def check_root(self, root: Task) -> None:
@@ -115,6 +117,17 @@ class Parent:
         """Whether the pages of a process are not where they are needed."""
         return self._is_there is not None and not self._is_there(Image("pagemap", task.vpid))
 
+    def why_untold(self, task: Task) -> str | None:
+        """Why no tracker knows what a process has written since: who kept it has ended; None for another reason."""
+        entry = (self._processes or {}).get(str(task.vpid), {})
+        if self._holder is None or entry.get("generation") is None or not self._is_same(task) or is_same(self._holder):
+            return None
+        return (
+            f"the process that kept track of writes (the holder, process {self._holder.pid}, started "
+            f"{_clock(self._holder.start_time)}) is gone: it ended with the container or unit that started it, by "
+            "`incdump untrack`, or was killed (`incdump holder` runs one outside of such)"
+        )
+
     def segment(self, shmem_id: int) -> ParentImages | None:
         """What is known of one shared memory segment."""
         if self._processes is None or not self._images.has("pagemap-shmem", shmem_id):
@@ -131,3 +144,17 @@ class Parent:
         except FileNotFoundError:
             return None
         return HashTable.decode(data, str(path))
+
+
+def _holder(meta: dict[str, Any] | None, boot_id: str) -> Identity | None:
+    """The holder process that kept the tracking, by what incdump.json says."""
+    said = (meta or {}).get("holder")
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), int) for name in ("pid", "start_time")):
+        return None
+    return Identity(said["pid"], said["start_time"], boot_id)
+
+
+def _clock(start_time: int) -> str:
+    """A start time, in clock ticks since boot, as local time of day."""
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - (start_time + boot_offset()) / _TICKS
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - since_boot))

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from incdump.model.precopy import MappingWrites, Rule
     from incdump.model.runs import Runs
     from incdump.model.stats import DumpResult, DumpStats
+    from incdump.proc.identity import Identity
 
 LATEST = "latest"
 _HOTTEST = 3
@@ -150,6 +151,11 @@ class _InTurn:
         self._keeper = keeper
         self._turn = turn
         self.commit, self.close = keeper.commit, keeper.close
+
+    @property
+    def holder(self) -> Identity | None:
+        """See `incdump.holder.client.Keeper`."""
+        return self._keeper.holder
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `incdump.holder.client.Keeper`."""

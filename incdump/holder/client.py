@@ -28,6 +28,7 @@ from incdump.proc.identity import (
     boot_id,
     check_own_proc,
     descends_from,
+    identify,
     is_same,
     keep_out_of_trees,
     open_identified,
@@ -73,6 +74,10 @@ class Lease:
 
 class Keeper(Protocol):
     """Keeps userfaultfds and generations from one dump to the next."""
+
+    @property
+    def holder(self) -> Identity | None:
+        """The process that keeps them; None: this program does, or none has been asked yet."""
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """Borrow the userfaultfd of a process, made now if there is none (or if ``renew``).
@@ -131,9 +136,9 @@ def connect() -> socket.socket | None:
     try:
         lock = wire.lock_socket(directory)  # lest it ends right now
     except OSError as error:
-        raise _unusable(error) from error
+        raise unusable(error) from error
     try:
-        sock = _connect()
+        sock = connect_locked()
         if sock is None:
             wire.remove_traces(directory)
         return sock
@@ -141,7 +146,7 @@ def connect() -> socket.socket | None:
         os.close(lock)
 
 
-def _unusable(error: OSError) -> errors.IncdumpError:
+def unusable(error: OSError) -> errors.IncdumpError:
     """What to say of a runtime directory that cannot be used, or whose lock somebody keeps."""
     if (limit := limit_of(error)) is not None:
         return limit
@@ -212,7 +217,7 @@ def _wait_ended(pidfd: int) -> bool:
     return bool(poll.poll(_END_TIMEOUT * 1000))
 
 
-def _connect() -> socket.socket | None:
+def connect_locked() -> socket.socket | None:
     """The same for who has the lock."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.settimeout(ANSWER_TIMEOUT)
@@ -244,14 +249,14 @@ def connect_or_start() -> socket.socket:
     try:
         lock = wire.lock_socket(wire.runtime_dir())
         try:
-            sock = _connect()
+            sock = connect_locked()
             if sock is None:
                 _start_holder()
-                sock = _connect()
+                sock = connect_locked()
         finally:
             os.close(lock)
     except OSError as error:
-        raise _unusable(error) from error
+        raise unusable(error) from error
     if sock is None:
         raise errors.HolderError("the holder process ended right after its start; run `incdump doctor`")
     return sock
@@ -331,11 +336,19 @@ class HolderKeeper:
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
+        self._holder: Identity | None = None
+
+    @property
+    def holder(self) -> Identity | None:
+        """See `Keeper.holder`."""
+        return self._holder
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `Keeper.acquire`."""
         if self._sock is None:
             self._sock = connect_or_start()
+            with contextlib.suppress(errors.NoSuchTarget):  # it has ended already, as the question will find out
+                self._holder = identify(wire.peer(self._sock)[0])
         question = {"do": "renew" if renew else "acquire", "pid": pid, "start_time": start_time}
         pidfd = open_identified(pid, start_time)
         try:
@@ -367,6 +380,7 @@ class OwnKeeper:
         self._busy: set[tuple[int, int]] = set()
         self._closed = False
         self._lock = threading.Lock()  # never held for long
+        self.holder = None
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `Keeper.acquire`.

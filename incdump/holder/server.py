@@ -53,7 +53,7 @@ _OTHER_NAMESPACE = {
     "kind": "HolderError",
     "errno": None,
 }
-_PR_SET_NAME = 15
+PR_SET_NAME = 15
 _FLAGS = uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -125,12 +125,13 @@ class Holder:
         self.clients: set[socket.socket] = set()
         self.linger = LINGER
         self.has_to_end = False
+        self.stays = False  # also without targets
         self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def run(self) -> None:
         """Serve until there is nothing left to hold."""
         while True:
-            idle = not self.targets and not self.clients
+            idle = not (self.stays or self.targets or self.clients)
             ready = self.selector.select(self.linger if idle else None)
             if idle and not ready and self._may_end():
                 return
@@ -140,6 +141,19 @@ class Holder:
                 with contextlib.suppress(BlockingIOError):  # whoever has the lock finds the socket dead
                     self._remove_traces()
                 return
+
+    def end_when_readable(self, fd: int) -> None:
+        """Have the loop end, all tracking given up, when something can be read from a descriptor."""
+
+        def end(_fd: int) -> None:
+            self.has_to_end = True
+
+        self.selector.register(fd, selectors.EVENT_READ, end)
+
+    def release(self) -> None:
+        """Give up all tracking."""
+        for target in list(self.targets.values()):
+            self._remove(target)
 
     def _may_end(self) -> bool:
         """Take the lock under which clients look for a holder, and the socket out of their sight; or find one waiting.
@@ -261,7 +275,8 @@ class Holder:
                     {"pid": t.pid, "start_time": t.start_time, "generation": t.generation, "busy": t.owner is not None}
                     for t in self.targets.values()
                 ]
-                return {"targets": rows[:500], "count": len(rows)}, ()
+                idle = not self.stays and not rows and self.clients == {client}
+                return {"targets": rows[:500], "count": len(rows), "idle": idle}, ()
             case other:
                 raise ValueError(other)
 
@@ -327,7 +342,7 @@ class Holder:
             return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
         for target in chosen:
             self._remove(target)
-        ends = not self.targets and self.clients == {client}
+        ends = not self.stays and not self.targets and self.clients == {client}
         self.linger = 0 if ends else LINGER
         return {"forgotten": [t.pid for t in chosen], "ends": ends}
 
@@ -364,7 +379,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"incdump-holder", 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"incdump-holder", 0, 0, 0)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     mine = f"{path}.{os.getpid()}"
     listener.bind(mine)

@@ -17,7 +17,7 @@ renew      the same                                    the same, after a new use
 commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
 forget     ``pids`` (or null for all)                  ``forgotten``: list of pids; ``ends``: whether the holder does
                                                        when this connection has ended
-list                                                   ``targets``: list of objects
+list                                                   ``targets``: list of objects; ``idle``: it is about to end
 end                                                    ``forgotten``; it ends at once, and all of its tracking
 =========  ==========================================  ===============================================================
 
