@@ -99,9 +99,9 @@ class _LiveReport(AgainstReport):
         super().__init__()
         self._grown = grown
 
-    def note(self, what: str, where: str, runs: Runs, vmas: VmaTable | None = None) -> int:
+    def _note(self, what: str, where: str, runs: Runs, vmas: VmaTable | None = None) -> int:
         self._grown()
-        return super().note(what, where, runs, vmas)
+        return super()._note(what, where, runs, vmas)
 
 
 def check(images_dir: str | os.PathLike[str]) -> ChainReport:
@@ -128,7 +128,7 @@ async def check_against(
     :raises incdump.errors.ImagesError: the chain is broken.
     :raises incdump.errors.TargetError: the process cannot be looked at.
     """
-    check_arguments(images_dir=images_dir, pid=pid, freeze_timeout=freeze_timeout)
+    check_arguments(images_dir=images_dir, pid=pid, freeze_timeout=freeze_timeout, stall_timeout=stall_timeout)
     images = ImagesDir(images_dir)
     await in_thread(check_chain, images)
     root = await in_thread(check_target, pid)

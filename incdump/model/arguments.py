@@ -51,6 +51,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "if_unknown": partial(check_choice, choices=IF_UNKNOWN),
     "asking": partial(check_seconds, may_be_zero=True),
     "freeze_timeout": check_seconds,
+    "stall_timeout": check_seconds,
     "detached": check_flag,
 }
 

@@ -98,6 +98,7 @@ WRONG_ARGUMENTS: list[tuple[str, str, Any]] = [
     ("check", "images_dir", 1),
     ("check_against", "pid", None),
     ("check_against", "freeze_timeout", 0),
+    ("check_against", "stall_timeout", 0),
     ("untrack", "pid", "7"),
     ("Session", "pid", "7"),
     ("Session", "options", {"afterwards": "run"}),
