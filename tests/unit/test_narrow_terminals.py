@@ -167,7 +167,14 @@ def test_what_doctor_finds_is_told_whole(width: int, capsys: Capture) -> None:
     seen = "categories known: <WPALLOWED|WRITTEN|FILE|PRESENT|SWAPPED|PFNZERO|HUGE|SOFT_DIRTY|GUARD: 511>"
     features = (Feature("userfaultfd_user_mode", "userfaultfd for user-mode faults", False, seen, "what follows"),)
     verdicts = [doctor.Verdict("soft-dirty", False, "this kernel has none"), doctor.Verdict("uffd-wp", True, FAR)]
-    doctor._show({"auto": "uffd-wp", "limits": [], "tracked": []}, features, verdicts)
+    criu = {
+        "version": None,
+        "why": f"{FAR}/criu is no program",
+        "advice": ["install it"],
+        "path": FAR,
+        "named_by": "PATH",
+    }
+    doctor._show({"auto": "uffd-wp", "limits": [], "tracked": [], "criu": criu}, features, verdicts)
     shown = whole(capsys.readouterr().out, width)
     has(shown, "userfaultfd_user_mode no", "soft-dirty no", "uffd-wp works", FAR)
     for word in ("WPALLOWED", "SOFT_DIRTY", "511"):

@@ -48,6 +48,14 @@ def test_the_table_of_groups_names_no_option_that_is_gone() -> None:
     assert {name for _, names in GROUPS for name in names} <= known
 
 
+def test_whatever_names_a_process_or_a_file_can_be_completed() -> None:
+    for name in COMMANDS:
+        command: click.Command = import_module(f"incdump.cli.{name.replace('-', '_')}").command
+        for parameter in command.params:
+            if parameter.metavar in ("PID", "DIR", "FILE", "PATH"):
+                assert parameter._custom_shell_complete is not None, (name, parameter.opts)
+
+
 # -- completion ------------------------------------------------------------------------------------------------------
 
 
