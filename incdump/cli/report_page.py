@@ -27,8 +27,10 @@ p { margin: 0.3em 0; } .failure { color: #a01420; }
 svg { width: 100%; height: auto; margin-top: 1em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2em 0.9em; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
-th { border-bottom: 2px solid #bbb; } .text { text-align: left; } td.text.code { font-family: monospace; }
+th, td { padding: 0.2em 0.6em; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
+th { border-bottom: 2px solid #bbb; white-space: normal; vertical-align: bottom; }
+.text { text-align: left; } td.text { white-space: normal; } td.text:last-child { min-width: 12em; }
+td.text.code { font-family: monospace; white-space: nowrap; }
 """
 
 
@@ -87,9 +89,8 @@ def _last_dump(record: Record) -> str:
         return ""
     whole = sum(part.microseconds for part in last.parts)
     rows = [part_texts(part, whole) for part in last.parts]
-    began = (
-        f"<p>It began {time_text(int(last.at * 1e6))} after the loop, and wrote {bytes_text(last.bytes_written)}.</p>"
-    )
+    wrote = bytes_text(last.bytes_written)
+    began = f"<p>It began {time_text(int(last.at * 1e6))} after the loop had begun, and wrote {wrote}.</p>"
     table = _table(("part", "time", "share", ""), [*rows, ("in all", time_text(whole), "", "")], text=(0, 3))
     return f"<h2>Downtime</h2>\n{began}\n{table}"
 

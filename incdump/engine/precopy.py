@@ -112,7 +112,7 @@ async def precopy(
     :param policy: when to stop, and what comes last.
     :param options: for every dump; ``options.afterwards`` says what becomes of the tree after the last one. Left out,
         it runs on.
-    :param rule: decides after each round, as `incdump.model.precopy.should_stop` does.
+    :param rule: decides after each round, as `incdump.should_stop` does.
     :param freezes: earlier last dumps of such a tree, which tell what one costs that copies nothing.
     :param on_round: called with each round, and what was decided.
     :param on_written: called with each dump before that, the last one included, and with the mappings that were written

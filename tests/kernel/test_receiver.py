@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 import incdump
-from incdump import Receiver, ReceiverOptions
+from incdump import DumpOptions, Receiver, ReceiverOptions
 from incdump.criu.gate import Gate
 from incdump.engine import arrival
 from incdump.engine.hooks import Hook
@@ -28,10 +28,11 @@ from tests.command import refused, start
 from tests.criu.criu import exists
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from incdump import MigrationReport
+    from incdump import Arriving, MigrationReport
+    from tests.targets.build import Target
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio, pytest.mark.timeout(120)]
 
@@ -156,6 +157,38 @@ async def test_pages_are_taken_from_the_source_only(images_root: Path) -> None:
             await anyio.sleep(0.01)
     assert reports[0].rounds == 0
     assert list((images_root / "arriving").iterdir()) == []
+
+
+async def test_what_is_coming_in_can_be_looked_at_while_it_comes(
+    rewriter: Callable[..., Target], images_root: Path
+) -> None:
+    target = rewriter(mib=192, rate=0)
+    seen: list[Arriving] = []
+    async with receiver(images_root / "arriving", timeout=20.0) as (serving, _):
+        assert serving.arriving is None
+        with socket.create_connection(("127.0.0.1", serving.port), 5) as source:
+            source.sendall(MIGRATE + message("migrate", version=1, tree=TREE))
+            (size,) = LENGTH.unpack(await anyio.to_thread.run_sync(source.recv, LENGTH.size, socket.MSG_WAITALL))
+            welcome = json.loads(await anyio.to_thread.run_sync(source.recv, size, socket.MSG_WAITALL))
+            where = ("127.0.0.1", serving.port)
+            options = DumpOptions(page_server=where, migration=welcome["token"], compression="off")
+
+            async def look() -> None:
+                while True:
+                    if (now := serving.arriving) is not None:
+                        seen.append(now)
+                    await anyio.sleep(0.001)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(look)
+                result = await incdump.predump(target.pid, images_root / "here", options=options)
+                tasks.cancel_scope.cancel()
+            assert serving.arriving is None
+    assert {now.images_dir for now in seen} == {str(images_root / "arriving" / "1" / "1")}
+    sizes = [now.bytes for now in seen]
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[-1] <= result.stats.bytes_written + (16 << 20)
+    assert len(set(sizes)) > 3
 
 
 async def test_a_silent_source_is_given_up(images_root: Path) -> None:
