@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ def examine(path: str | None) -> dict[str, Any]:
     """
     from incdump.cli.signals import run
     from incdump.criu.program import WHERE_FROM, find
-    from incdump.criu.trial import try_out
+    from incdump.criu.trial import SECONDS, try_out
     from incdump.engine.threads import in_thread
 
     try:
@@ -36,7 +37,10 @@ def examine(path: str | None) -> dict[str, Any]:
             "tcp": None,
             "advice": [WHERE_FROM],
         }
-    why = run(partial(in_thread, try_out, criu))
+    give_up = threading.Event()
+    why = run(partial(in_thread, try_out, criu, SECONDS, give_up, break_off=give_up.set))
+    if why is None and shutil.which("flock") is None:
+        why = "it works, but incdump has it wait by the program flock (util-linux), which is not on the PATH"
     return {
         "path": criu.path,
         "version": ".".join(map(str, criu.version)),

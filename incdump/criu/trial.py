@@ -15,10 +15,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from incdump.criu.program import UMASK, brief_failure
 from incdump.errors import ProcMismatch
@@ -36,14 +37,17 @@ TCP_SINCE = (4, 2, 1)
 _LIFETIME = "60"
 _SET_CHILD_SUBREAPER, _GET_CHILD_SUBREAPER = 36, 37  # include/uapi/linux/prctl.h
 _POLL = 0.005
+_PATIENCE = 0.1
 
 
-def try_out(criu: Criu, seconds: float = SECONDS) -> str | None:
-    """Dump a child of this process, and restore it. Blocks. Not for a program that has children to wait for meanwhile.
+def try_out(criu: Criu, seconds: float = SECONDS, give_up: threading.Event | None = None) -> str | None:
+    """Dump a child of this process, and restore it. Blocks. Not for a program that starts others meanwhile.
 
     :param seconds: the time that it may take.
+    :param give_up: ends it at once when it is set.
     :returns: None where it works; else why it does not, in CRIU's own words where there are any.
     """
+    give_up = give_up or threading.Event()
     deadline = time.monotonic() + seconds
     try:
         check_own_proc()  # children are found there
@@ -51,7 +55,7 @@ def try_out(criu: Criu, seconds: float = SECONDS) -> str | None:
             tempfile.TemporaryDirectory(prefix="incdump-criu-trial-", ignore_cleanup_errors=True) as name,
             _none_left(),
         ):
-            return _dump_and_restore(criu, Path(name), deadline)
+            return _dump_and_restore(_Trial(criu, Path(name), deadline, give_up))
     except ProcMismatch as error:
         return str(error)
     except subprocess.TimeoutExpired:
@@ -70,41 +74,64 @@ def tells_of_tcp_sockets(criu: Criu) -> bool:
     return False
 
 
-def _dump_and_restore(criu: Criu, place: Path, deadline: float) -> str | None:
+class _Trial(NamedTuple):
+    criu: Criu
+    place: Path
+    deadline: float
+    give_up: threading.Event
+
+    def run(self, action: str, *options: str) -> str | None:
+        """Run CRIU; what failed.
+
+        :raises subprocess.TimeoutExpired: it took too long, or is given up, and was killed.
+        """
+        environment = {name: value for name, value in os.environ.items() if name != "CRIU_CONFIG_FILE"}
+        log, stderr = self.place / f"{action}.log", self.place / f"{action}.stderr"
+        words = ("--images-dir", str(self.place), "--log-file", log.name, "--manage-cgroups=ignore")
+        with stderr.open("wb") as said:
+            process = subprocess.Popen(
+                [self.criu.path, action, *words, "--no-default-config", *options],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                env=environment,
+                umask=UMASK,
+                start_new_session=True,
+            )
+        try:
+            status = self.wait(process)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        return brief_failure(self.criu, status, f"on a child process ({action})", log, stderr) if status else None
+
+    def wait(self, process: subprocess.Popen[bytes]) -> int:
+        """Wait for a process's end.
+
+        :raises subprocess.TimeoutExpired: that took too long, or is given up.
+        """
+        while not self.give_up.is_set() and time.monotonic() < self.deadline:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(_PATIENCE)
+        raise subprocess.TimeoutExpired(process.args, _PATIENCE)
+
+
+def _dump_and_restore(trial: _Trial) -> str | None:
     sleep = shutil.which("sleep")
     command = [sleep, _LIFETIME] if sleep else [sys.executable, "-IS", "-c", f"import time; time.sleep({_LIFETIME})"]
     null = subprocess.DEVNULL
     child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
-    if status := _run(criu, place, deadline, "dump", "--tree", str(child.pid)):
-        return brief_failure(criu, status, "dumping a child process", place / "dump.log", place / "dump.stderr")
-    child.wait(deadline - time.monotonic())  # its number is free then
-    if status := _run(criu, place, deadline, "restore", "--restore-detached", "--pidfile", str(place / "pid")):
-        return brief_failure(criu, status, "restoring a child process", place / "restore.log", place / "restore.stderr")
-    pid = int((place / "pid").read_text())
+    if failed := trial.run("dump", "--tree", str(child.pid)):
+        return failed
+    trial.wait(child)  # its number is free then
+    pidfile = trial.place / "pid"
+    if failed := trial.run("restore", "--restore-detached", "--pidfile", str(pidfile)):
+        return failed
+    pid = int(pidfile.read_text())
     if pid not in _children() or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-        return f"a child process that {criu} has restored did not live"
+        return f"a child process that {trial.criu} has restored did not live"
     return None
-
-
-def _run(criu: Criu, place: Path, deadline: float, action: str, *options: str) -> int:
-    """Run CRIU; its exit status.
-
-    :raises subprocess.TimeoutExpired: it took too long, and was killed.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "CRIU_CONFIG_FILE"}
-    words = ("--images-dir", str(place), "--log-file", f"{action}.log", "--manage-cgroups=ignore")
-    with (place / f"{action}.stderr").open("wb") as said:
-        return subprocess.run(
-            [criu.path, action, *words, "--no-default-config", *options],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            env=environment,
-            umask=UMASK,
-            start_new_session=True,
-            timeout=max(0.1, deadline - time.monotonic()),
-            check=False,
-        ).returncode
 
 
 @contextmanager

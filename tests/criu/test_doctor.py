@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +16,9 @@ import pytest
 
 from incdump.criu.program import Criu, find
 from incdump.criu.trial import TCP_SINCE, tells_of_tcp_sockets, try_out
+from tests.command import environment
 from tests.command import incdump as command
-from tests.criu.criu import criu_path
+from tests.criu.criu import criu_path, until
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("real_criu")]
 
@@ -83,7 +88,7 @@ def test_what_fails_is_said_in_crius_words(tmp_path: Path) -> None:
     failing = program(tmp_path / "criu", fails)
     why = try_out(find(str(failing)))
     assert why is not None
-    assert "(exit status 1) restoring a child process: Can't fork for 7: File exists; hint: the process numbers" in why
+    assert "failed (exit status 1) on a child process (restore): Can't fork for 7: File exists; hint: the " in why
     assert children() == before
     assert not list(Path(tempfile.gettempdir()).iterdir())
 
@@ -97,6 +102,29 @@ def test_one_that_hangs_is_given_up_with_all_that_it_has_started(tmp_path: Path,
     assert time.monotonic() - began < 10
     assert children() == before
     assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_a_signal_ends_it_at_once(tmp_path: Path) -> None:
+    hanging = program(tmp_path / "criu", f"touch {tmp_path}/begun; sleep 600")
+    doctor = subprocess.Popen(
+        [sys.executable, "-m", "incdump", "doctor", "--criu", str(hanging)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    until((tmp_path / "begun").exists, 60)
+    doctor.send_signal(signal.SIGTERM)
+    said = doctor.communicate(timeout=20)[1]
+    assert doctor.returncode == 128 + signal.SIGTERM, said
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_where_there_is_no_flock_it_does_not_do(tmp_path: Path) -> None:
+    for name in ("sh", "sleep"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    report = command("doctor", "--json", "--criu", criu_path(), env={"PATH": str(tmp_path)}).json["criu"]
+    assert not report["works"]
+    assert "the program flock (util-linux)" in report["why"]
 
 
 def test_one_that_restores_nothing_is_found_out(tmp_path: Path) -> None:
