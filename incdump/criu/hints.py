@@ -187,7 +187,12 @@ _HINTS = (
         "the tree's cgroups cannot be made, or entered, as they were: give `-- --manage-cgroups=ignore` to leave it in "
         "those of whoever restores it, `=soft` to go into what is there, or `--cgroup-root` for another place",
     ),
-    # The kernel, the machine, privileges
+    # Scripts, the kernel, the machine, privileges
+    _Hint(
+        r"action scripts failed|Pre dump script failed",
+        "an action script that was given after `--` failed, or the gate that incdump has CRIU wait at: it needs the "
+        "program flock on the PATH, and an images dir where programs may be executed",
+    ),
     _Hint(
         r"suspending seccomp failed|Kernel doesn't support PTRACE_O_SUSPEND_SECCOMP",
         "a process has a seccomp filter, which CRIU may not suspend from under one: use `--way lazy-pages`",

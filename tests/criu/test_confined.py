@@ -307,6 +307,7 @@ def test_what_criu_refuses_is_quoted_and_its_log_is_kept(images_root: Path) -> N
         kept = Path(str(raised.value).rpartition("its log is kept in ")[2])
         assert "pre-dump" in kept.read_text() or "script" in kept.read_text()
         assert "RLIMIT_NOFILE" not in str(raised.value)
+        assert "; hint: an action script that was given after `--` failed" in str(raised.value)
         kept.unlink()
         assert is_untouched(target.pid)
         target.check()

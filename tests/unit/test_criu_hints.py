@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         ("File x has bad build-ID", "--file-validation filesize"),
         ("Unable to freeze cgroup /x (3 x 100ms attempts, timeout: 10s)", "--timeout"),
         ("cg: cgroupd: Can't move thread 7 into pids/x", "-- --manage-cgroups=ignore"),
+        ("One of more action scripts failed", "flock"),
+        ("Pre dump script failed with 256!", "an action script"),
         ("suspending seccomp failed: Operation not permitted", "--way lazy-pages"),
         ("cpu: FPU feature required by image is not supported on host (fpu:1 fxsr:1", "-- --cpu-cap none"),
         ("cpu: CPU xsave size mismatch (7/8)", "-- --cpu-cap none"),
