@@ -27,7 +27,7 @@ from incdump.engine.threads import in_thread
 from incdump.errors import CannotMigrate, ImagesError, IncdumpError, MigrationError, ProtocolError
 from incdump.images.images_dir import ImagesDir
 from incdump.images.proved import ProvedChain
-from incdump.model.fields import check_count, check_flag, check_seconds, check_type, check_words
+from incdump.model.fields import check_count, check_flag, check_seconds, check_text, check_type, check_words
 from incdump.model.options import TlsFiles
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ReceiverOptions:
 
     def __post_init__(self) -> None:
         """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
-        check_type("address", self.address, str)
+        check_text("address", self.address)
         check_count("port", self.port, 0, 65535)
         check_flag("restore", self.restore)
         check_flag("once", self.once)

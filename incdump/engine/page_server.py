@@ -25,7 +25,7 @@ from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError
 from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
-from incdump.model.fields import check_count, check_flag, check_path, check_seconds, check_type
+from incdump.model.fields import check_count, check_flag, check_path, check_seconds, check_text, check_type
 from incdump.model.options import TlsFiles
 from incdump.proc.identity import check_page_size
 from incdump.xfer import compression
@@ -72,7 +72,7 @@ class PageServerOptions:
 
     def __post_init__(self) -> None:
         """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
-        check_type("address", self.address, str)
+        check_text("address", self.address)
         check_count("port", self.port, 0, 65535)
         check_count("rounds", self.rounds, 1, may_be_none=True)
         check_flag("own_dirs", self.own_dirs)

@@ -17,6 +17,7 @@ from incdump.model.fields import (
     check_path,
     check_seconds,
     check_sequence,
+    check_text,
     check_type,
 )
 from incdump.model.options import WAYS, DumpOptions
@@ -25,7 +26,6 @@ from incdump.model.precopy import IF_UNKNOWN, Freeze, PrecopyPolicy
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-_text = partial(check_type, kind=str)
 _perhaps_called = partial(check_callable, may_be_none=True)
 
 _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
@@ -41,10 +41,10 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     "on_written": _perhaps_called,
     "on_step": _perhaps_called,
     "progress": _perhaps_called,
-    "criu": partial(_text, may_be_none=True),
+    "criu": partial(check_type, kind=str, may_be_none=True),
     "criu_options": partial(check_sequence, kind=str),
     "way": partial(check_choice, choices=WAYS),
-    "address": _text,
+    "address": check_text,
     "port": partial(check_count, low=1, high=65535),
     "hook": partial(check_sequence, kind=str),
     "hook_timeout": check_seconds,

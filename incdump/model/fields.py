@@ -81,6 +81,15 @@ def check_type(field: str, value: object, kind: type | tuple[type, ...], *, may_
         raise InvalidOption(field, value, f"give a value of type {names}")
 
 
+def check_text(field: str, value: Any) -> None:
+    """Refuse what is no text with something in it: an empty address, for one, would be any.
+
+    :raises InvalidOption: it is not.
+    """
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise InvalidOption(field, value, "give a text that is not empty")
+
+
 def check_path(field: str, value: Any, *, may_be_none: bool = False) -> None:
     """Refuse what is no path.
 

@@ -167,6 +167,18 @@ def test_verbosity_is_counted_and_crius_spelling_is_the_same(args: list[str], ve
     assert invocation.verbosity == verbosity
 
 
+def test_who_wants_quiet_gets_what_json_has_and_nothing_else(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    assert main(["untrack", str(NO_PID), "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["untrack", str(NO_PID), "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"untracked": []}
+    assert main(["check", str(tmp_path / "images"), "--quiet"]) != 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("incdump: error: ")
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
