@@ -54,6 +54,7 @@ __all__ = (
     "NotInImages",
     "OutcomeUnknown",
     "ParentMismatch",
+    "ProcIncomplete",
     "ProcMismatch",
     "ProtocolError",
     "ResourceLimit",
@@ -156,6 +157,10 @@ class NoSuchTarget(TargetError):
 
 class ProcMismatch(TargetError):
     """/proc is not that of this process's pid namespace: its numbers mean other processes. Nothing was touched."""
+
+
+class ProcIncomplete(TargetError):
+    """/proc lacks what is not a process's: it is mounted with ``subset=pid``. Nothing was touched."""
 
 
 class LazyMemory(TargetError):

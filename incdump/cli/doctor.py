@@ -7,7 +7,9 @@ tried on another one (`incdump.cli.doctor_criu`).
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +28,9 @@ _EXAMPLE = """\b
 Example:
   incdump doctor
 """
+_MANY_FILES = 4096
+_FILES_OF_A_PROCESS = 6
+"""As many descriptors as a dump has open for a process, at most."""
 _YAMA = {
     "1": "only descendants of the dumper can be traced (kernel.yama.ptrace_scope=1): run as root, or let the target "
     "call prctl(PR_SET_PTRACER)",
@@ -78,7 +83,13 @@ def command(invocation: Invocation, criu: str | None) -> int:
 def _try_trackers() -> list[Verdict]:
     """Each tracker, best first."""
     from incdump.engine.trackers import needs
+    from incdump.proc.identity import check_own_proc
 
+    unfit = None
+    try:
+        check_own_proc()
+    except IncdumpError as error:
+        unfit = str(error)
     with _child() as pid:
         attempts: tuple[tuple[Any, Callable[[int], None], str], ...] = (
             ("uffd-wp", _start_tracking, "a child process was tracked and read; pre-dumps do not stop the target"),
@@ -87,8 +98,8 @@ def _try_trackers() -> list[Verdict]:
         )
         verdicts = []
         for name, attempt, passed in attempts:
-            missing = [feature for feature in needs(name) if not feature.works]
-            why = f"{missing[0].what}: {missing[0].why}" if missing else _failure(attempt, pid)
+            missing = [f"{feature.what}: {feature.why}" for feature in needs(name) if not feature.works]
+            why = unfit or (missing[0] if missing else _failure(attempt, pid))
             verdicts.append(Verdict(name, why is None, why or passed))
     return verdicts
 
@@ -107,8 +118,11 @@ def _failure(attempt: Callable[[int], None], pid: int) -> str | None:
 @contextmanager
 def _child() -> Iterator[int]:
     """A process that waits for its standard input, so to speak, to end."""
+    from incdump.proc.limits import starting
+
     reader, writer = os.pipe()
-    pid = os.fork()
+    with starting():
+        pid = os.fork()
     if pid == 0:
         os.close(writer)
         os.read(reader, 1)
@@ -162,6 +176,9 @@ def _read(pid: int) -> None:
 
 def _limits() -> list[str]:
     """What stands between this user and other processes."""
+    from incdump.holder.client import runtime_dir, unusable
+    from incdump.proc.confinement import hidepid
+
     found = []
     if os.geteuid() != 0:
         found.append("not root: only processes of this user can be dumped")
@@ -172,6 +189,18 @@ def _limits() -> list[str]:
             scope = "0"
         if scope in _YAMA:
             found.append(_YAMA[scope])
+        if (hidden := hidepid()) is not None:
+            found.append(f"/proc hides the processes of other users (hidepid={hidden}): run as root for those")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= most < _MANY_FILES:
+        room = most // _FILES_OF_A_PROCESS
+        found.append(f"RLIMIT_NOFILE is {most} at most: enough for a tree of about {room} processes (ulimit -Hn)")
+    try:
+        directory = runtime_dir()
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise unusable(PermissionError(errno.EROFS, "it cannot be written to", directory))
+    except IncdumpError as error:
+        found.append(f"pre-dumps cannot keep their tracking: {error}")
     return found
 
 

@@ -37,8 +37,7 @@ from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import TargetExited, TrackerLost
 from incdump.freeze.seize import Freezer
-from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees
-from incdump.holder.wire import runtime_dir
+from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees, runtime_dir
 from incdump.images.images_dir import ImagesDir
 from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
 from incdump.images.new_dir import INVENTORY, SIDECAR, NewImagesDir

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from incdump.engine.threads import in_thread
 from incdump.errors import NoSuchTarget
-from incdump.holder.client import forget
-from incdump.holder.wire import runtime_dir
+from incdump.holder.client import forget, runtime_dir
 from incdump.model.arguments import check_arguments
 from incdump.proc.identity import check_own_proc
 from incdump.proc.limits import names_limits

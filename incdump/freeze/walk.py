@@ -45,7 +45,8 @@ from incdump.freeze.stops import (
     is_syscall_stop,
     wait_for_stop,
 )
-from incdump.proc.identity import PF_KTHREAD, is_own_helper, no_such_target, read_proc, read_stat
+from incdump.proc.identity import PF_KTHREAD, is_own_helper, read_proc, read_stat
+from incdump.proc.tree import is_hidden, missing
 
 if TYPE_CHECKING:
     from incdump.model.options import Afterwards
@@ -168,9 +169,9 @@ class TreeWalk:
             )
         try:
             stat = read_stat(pid)
-        except ProcessLookupError as e:
-            if pid == self._root:
-                raise no_such_target(pid, e.errno) from None
+        except (ProcessLookupError, PermissionError) as e:
+            if pid == self._root or is_hidden(pid):
+                raise missing(pid, e.errno) from None
             return False
         if pid != self._root and is_own_helper(stat):
             return False

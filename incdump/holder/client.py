@@ -130,9 +130,9 @@ def connect() -> socket.socket | None:
     :raises incdump.errors.ProcMismatch: /proc is another pid namespace's.
     :raises incdump.errors.HolderError: it does not answer, or is of another version of incdump.
     """
+    directory = runtime_dir()
     if not os.path.exists(wire.socket_path()):
         return None
-    directory = wire.runtime_dir()
     try:
         lock = wire.lock_socket(directory)  # lest it ends right now
     except OSError as error:
@@ -146,11 +146,24 @@ def connect() -> socket.socket | None:
         os.close(lock)
 
 
+def runtime_dir() -> str:
+    """The directory of the holder's socket, made if it is missing (`incdump.holder.wire.runtime_dir`).
+
+    :raises incdump.errors.HolderError: it cannot be used.
+    """
+    try:
+        return wire.runtime_dir()
+    except OSError as error:
+        raise unusable(error) from error
+
+
 def unusable(error: OSError) -> errors.IncdumpError:
     """What to say of a runtime directory that cannot be used, or whose lock somebody keeps."""
     if (limit := limit_of(error)) is not None:
         return limit
-    if isinstance(error, TimeoutError):
+    if isinstance(error, BlockingIOError):
+        said = "the holder lets nobody connect; is it stopped? (kill -CONT, or kill -KILL, the process incdump-holder)"
+    elif isinstance(error, TimeoutError):
         said = f"{error.filename} is kept locked by another incdump: wait for that, or end it if it is stopped"
     else:
         place = error.filename or "its directory"

@@ -80,3 +80,18 @@ def filtered(tasks: Iterable[Task]) -> int | None:
             if any(line.startswith("Seccomp:") and line.split()[1] != "0" for line in status):
                 return task.pid
     return None
+
+
+def hidepid() -> str | None:
+    """The hidepid option of /proc as it is mounted here, ``"invisible"`` or ``"2"``; None: nothing is hidden.
+
+    proc(5): 0 or off hides nothing.
+    """
+    found = None
+    for line in _read("/proc/self/mountinfo").splitlines():
+        words, _, filesystem = line.partition(" - ")
+        kind, *_, options = filesystem.split(" ")
+        if kind == "proc" and words.split(" ")[4] == "/proc":
+            given = [option.removeprefix("hidepid=") for option in options.split(",") if option.startswith("hidepid=")]
+            found = given[0] if given else None  # the last line is the mount that is seen
+    return None if found in ("0", "off") else found

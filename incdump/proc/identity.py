@@ -28,11 +28,20 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
-from incdump.errors import NoSuchTarget, ProcMismatch, TargetDenied, TargetExited, TargetUnsuitable, UnsupportedPageSize
+from incdump.errors import (
+    NoSuchTarget,
+    ProcIncomplete,
+    ProcMismatch,
+    TargetDenied,
+    TargetExited,
+    TargetUnsuitable,
+    UnsupportedPageSize,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PAGE_SIZE = 4096  # incdump.model.runs has it for those that may import NumPy
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
@@ -115,13 +124,15 @@ def read_proc(path: str) -> bytes:
     """The whole of a small /proc file.
 
     :raises ProcessLookupError: the process is gone (a vanished /proc/PID counts as that, too).
-    :raises OSError: anything else, EACCES for example.
+    :raises OSError: anything else, EACCES for example; ENOENT of a file that is no process's.
     """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.readall() or b""
     except FileNotFoundError as e:
-        raise ProcessLookupError(e.errno, e.strerror, path) from None
+        if path[6:7].isdigit() or path.startswith("/proc/self/"):
+            raise ProcessLookupError(e.errno, e.strerror, path) from None
+        raise
 
 
 def read_stat(pid: int) -> Stat:
@@ -160,7 +171,7 @@ def _boot_offset(_pid: int) -> int:
 @cache
 def boot_id() -> str:
     """The id of this boot, a UUID."""
-    return read_proc("/proc/sys/kernel/random/boot_id").decode().strip()
+    return read_proc(_BOOT_ID).decode().strip()
 
 
 def check_own_proc() -> None:
@@ -169,6 +180,7 @@ def check_own_proc() -> None:
     The NSpid line of /proc/self/status (Linux 4.1) has one number for each namespace from the mount's inwards.
 
     :raises ProcMismatch: it is not, or there is no /proc.
+    :raises ProcIncomplete: it shows processes alone.
     """
     try:
         status = read_proc("/proc/self/status")
@@ -183,6 +195,12 @@ def check_own_proc() -> None:
             "/proc does not show this pid namespace, so a number means one process there and another here: "
             "mount its own (mount -t proc proc /proc; unshare --mount-proc, nsenter -m)",
             path="/proc",
+        )
+    if not os.path.exists(_BOOT_ID):
+        raise ProcIncomplete(
+            f"/proc shows processes alone ({_BOOT_ID} is missing; it is mounted with subset=pid): mount a whole one "
+            "where incdump runs (mount -t proc proc /proc)",
+            path=_BOOT_ID,
         )
 
 

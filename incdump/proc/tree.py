@@ -86,11 +86,12 @@ def process_tree(root: int) -> tuple[Task, ...]:
     incdump's own helpers, which a target may have adopted, are left out.
 
     :raises NoSuchTarget: the root does not exist. (Others that vanish meanwhile are left out.)
+    :raises TargetDenied: some process of it is hidden from this user (hidepid).
     """
     try:
         depth = len(_ns_ids(_status(root), b"NSpid")) - 1
-    except ProcessLookupError as e:
-        raise no_such_target(root, e.errno) from None
+    except (ProcessLookupError, PermissionError) as e:
+        raise missing(root, e.errno) from None
     children_of = _by_file if os.path.exists(f"/proc/{root}/task/{root}/children") else _by_scan()
     tasks: list[Task] = []
     seen: set[int] = set()
@@ -104,9 +105,9 @@ def process_tree(root: int) -> tuple[Task, ...]:
             if pid != root and is_own_helper(read_stat(pid)):
                 continue
             task = _read_task(pid, depth)
-        except ProcessLookupError as e:
-            if pid == root:
-                raise no_such_target(root, e.errno) from None
+        except (ProcessLookupError, PermissionError) as e:
+            if pid == root or is_hidden(pid):
+                raise missing(pid, e.errno) from None
             continue
         tasks.append(task)
         to_visit.extend(reversed(children_of(task)))
@@ -132,8 +133,8 @@ def check_target(pid: int) -> Task:
         stat = read_stat(pid)
         status = _status(pid)
         task = _read_task(pid, len(_ns_ids(status, b"NSpid")) - 1)
-    except ProcessLookupError as e:
-        raise _missing(pid, e.errno) from None
+    except (ProcessLookupError, PermissionError) as e:
+        raise missing(pid, e.errno) from None
     tgid = int(status[b"Tgid"])
     if tgid != pid:
         raise NoSuchTarget(f"{pid} is a thread of process {tgid}: name the process, {tgid}", pid=pid)
@@ -152,7 +153,7 @@ def _tracer_that_stays(pid: int, status: dict[bytes, bytes]) -> int:
         try:
             status = _status(pid)
         except ProcessLookupError as e:
-            raise _missing(pid, e.errno) from None
+            raise missing(pid, e.errno) from None
     return tracer
 
 
@@ -166,7 +167,7 @@ def _foreign_tracer(pid: int, status: dict[bytes, bytes]) -> int:
         try:
             status = _status(pid)
         except ProcessLookupError as e:
-            raise _missing(pid, e.errno) from None
+            raise missing(pid, e.errno) from None
     return tracer
 
 
@@ -252,17 +253,24 @@ def _check_access(pid: int) -> None:
             raise no_such_target(pid, e.errno) from None
 
 
-def _missing(pid: int, number: int | None) -> NoSuchTarget | TargetDenied:
+def missing(pid: int, number: int | None) -> NoSuchTarget | TargetDenied:
     """The error for a process that /proc does not show: absent, or hidden by the hidepid mount option."""
+    if is_hidden(pid):
+        return TargetDenied(
+            f"process {pid} is hidden from this user: run as its user or as root", pid=pid, errno=number
+        )
+    return no_such_target(pid, number)
+
+
+def is_hidden(pid: int) -> bool:
+    """Whether a process that /proc does not show is there all the same, another user's."""
     try:
         os.kill(pid, 0)
-    except PermissionError as e:
-        return TargetDenied(
-            f"process {pid} is hidden from this user: run as its user or as root", pid=pid, errno=e.errno
-        )
+    except PermissionError:
+        return True
     except (ProcessLookupError, OverflowError):
         pass
-    return no_such_target(pid, number)
+    return False
 
 
 def _status(pid: int, tid: int | None = None) -> dict[bytes, bytes]:

@@ -280,7 +280,7 @@ async def test_only_its_user_can_reach_it(odd: Odd, images_root: Path) -> None:
         os.seteuid(65534)
         try:
             wire.receive(sock) if sock is None else connect()
-        except OSError:
+        except HolderError:
             os._exit(0)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
