@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -104,14 +105,13 @@ def test_a_criu_that_is_missing_is_found_out_before_the_rounds(images_root: Path
 @contextlib.contextmanager
 def own_cgroup(kind: str, controller: str) -> Iterator[Path]:
     """A cgroup of a hierarchy that is mounted for the test alone."""
-    place = Path(f"/tmp/incdump-cgroup-{os.getpid()}")
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(prefix="incdump-cgroup-"))
     options = [] if kind == "cgroup2" else ["-o", controller]
     mounted = subprocess.run(["mount", "-t", kind, *options, "none", str(place)], capture_output=True, text=True)
     if mounted.returncode:
         place.rmdir()
         pytest.skip(f"no {kind} with a freezer can be mounted on this x86_64 or aarch64 machine: {mounted.stderr}")
-    group = place / f"incdump-test-{os.getpid()}"
+    group = place / place.name  # others' tests see the hierarchy, too
     group.mkdir()
     try:
         yield group
