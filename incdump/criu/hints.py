@@ -203,6 +203,10 @@ _HINTS = (
         "your own risk, give `-- --cpu-cap none`",
     ),
     _Hint(
+        r"CRIU needs to have the CAP_|Running as non-root requires",
+        "CRIU cannot do this as this user: checkpoint and restore as root",
+    ),
+    _Hint(
         r"Can't get rlimit|Can't seize|Unseizable non-zombie|SEIZE \d+: ",
         "CRIU may not look at a process: run as root with all of root's capabilities (CAP_SYS_PTRACE and "
         "CAP_SYS_RESOURCE among them), and with no other tracer (gdb, strace) in the tree",

@@ -47,7 +47,7 @@ class LazyCriu:
             self._process = subprocess.Popen(
                 as_before([*command, "--lazy-pages", "--ps-socket", str(far.fileno())]),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=said,  # where it says what it lacks as another user
                 stderr=said,
                 umask=UMASK,
                 pass_fds=[near.fileno(), far.fileno()],  # both ends: its answer has somewhere to go, whoever is gone

@@ -82,7 +82,7 @@ class LeashedCriu:
             self._process = subprocess.Popen(
                 as_before([sys.executable, "-I", "-S", leashed.__file__, *map(str, numbers), *command]),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=said,  # where it says what it lacks as another user
                 stderr=said,
                 umask=UMASK,
                 pass_fds=[theirs.fileno()],

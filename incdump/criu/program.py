@@ -142,13 +142,15 @@ def _kept(log: Path) -> str:
 
 
 def _why(log: Path, stderr: Path) -> str:
-    if said := last_errors(log):
-        known = hint(_errors(log))
+    errors, said = _errors(log), last_errors(log)
+    if not said:
+        with suppress(OSError), open(stderr, "rb") as file:
+            lines = file.read(_MOST_QUOTED).decode(errors="replace").split("\n")
+            errors = [line.strip() for line in lines if line.strip()]
+            said = "; ".join(errors[:_QUOTED])
+    if said:
+        known = hint(errors)
         return f": {said}; hint: {known}" if known else f": {said}"
-    with suppress(OSError), open(stderr, "rb") as file:
-        lines = file.read(_MOST_QUOTED).decode(errors="replace").split("\n")
-        if told := [line.strip() for line in lines if line.strip()]:
-            return f": {'; '.join(told[:_QUOTED])}"
     with suppress(OSError):
         disk = os.statvfs(log.parent)
         if disk.f_blocks and not disk.f_bfree:  # not even for root; a file system without a size has 0 of 0

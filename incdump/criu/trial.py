@@ -38,6 +38,8 @@ _LIFETIME = "60"
 _SET_CHILD_SUBREAPER, _GET_CHILD_SUBREAPER = 36, 37  # include/uapi/linux/prctl.h
 _POLL = 0.005
 _PATIENCE = 0.1
+_KILLED = 5.0
+"""Seconds that a process may take to end after SIGKILL."""
 
 
 def try_out(criu: Criu, seconds: float = SECONDS, give_up: threading.Event | None = None) -> str | None:
@@ -92,7 +94,7 @@ class _Trial(NamedTuple):
             process = subprocess.Popen(
                 [self.criu.path, action, *words, "--no-default-config", *options],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=said,
                 stderr=said,
                 env=environment,
                 umask=UMASK,
@@ -102,7 +104,7 @@ class _Trial(NamedTuple):
             status = self.wait(process)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(_KILLED)
             raise
         return brief_failure(self.criu, status, f"on a child process ({action})", log, stderr) if status else None
 
@@ -122,9 +124,13 @@ def _dump_and_restore(trial: _Trial) -> str | None:
     command = [sleep, _LIFETIME] if sleep else [sys.executable, "-IS", "-c", f"import time; time.sleep({_LIFETIME})"]
     null = subprocess.DEVNULL
     child = subprocess.Popen(command, stdin=null, stdout=null, stderr=null, cwd="/", start_new_session=True)
-    if failed := trial.run("dump", "--tree", str(child.pid)):
-        return failed
-    trial.wait(child)  # its number is free then
+    try:
+        if failed := trial.run("dump", "--tree", str(child.pid)):
+            return failed
+        trial.wait(child)  # its number is free then
+    finally:
+        child.kill()
+        child.wait(_KILLED)
     pidfile = trial.place / "pid"
     if failed := trial.run("restore", "--restore-detached", "--pidfile", str(pidfile)):
         return failed
@@ -149,10 +155,10 @@ def _none_left() -> Iterator[None]:
         libc.prctl(_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
-def _end(others: set[int], seconds: float = 5.0) -> None:
+def _end(others: set[int]) -> None:
     """End all children but some, and theirs, which become ours when they lose their parent. A number of a child that
     nobody has waited for is nobody else's."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _KILLED
     while (left := _children() - others) and time.monotonic() < deadline:
         for pid in left:
             with suppress(ProcessLookupError, PermissionError):

@@ -16,9 +16,9 @@ import pytest
 
 from incdump.criu.program import Criu, find
 from incdump.criu.trial import TCP_SINCE, tells_of_tcp_sockets, try_out
-from tests.command import environment
+from tests.command import environment, is_untouched
 from tests.command import incdump as command
-from tests.criu.criu import criu_path, until
+from tests.criu.criu import criu_path, restorable_churn, until
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("real_criu")]
 
@@ -117,6 +117,25 @@ def test_a_signal_ends_it_at_once(tmp_path: Path) -> None:
     said = doctor.communicate(timeout=20)[1]
     assert doctor.returncode == 128 + signal.SIGTERM, said
     assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_what_criu_says_on_stdout_is_told_too(tmp_path: Path) -> None:
+    """What it lacks as another user, for example, before it has a log."""
+    lacking = tmp_path / "criu"
+    says = "CRIU needs to have the CAP_SYS_ADMIN capability:"
+    lacking.write_text(f'#!/bin/sh\n[ "$1" != --version ] || exec {criu_path()} "$@"\necho "{says}"; exit 1\n')
+    lacking.chmod(0o700)
+    why = try_out(find(str(lacking)))
+    assert why is not None
+    assert f"on a child process (dump): {says}; hint: CRIU cannot do this as this user" in why
+    with restorable_churn(tmp_path, mib=1) as target:
+        for way in ("leash", "lazy-pages"):
+            options = ("-t", target.pid, "-D", tmp_path / "1", "--criu", lacking, "--way", way)
+            done = command("checkpoint", *options)
+            assert done.code == 7, done
+            assert f"{says}; hint: CRIU cannot" in done.error
+        assert is_untouched(target.pid)
+        target.quit()
 
 
 def test_where_there_is_no_flock_it_does_not_do(tmp_path: Path) -> None:

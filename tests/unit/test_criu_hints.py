@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         ("suspending seccomp failed: Operation not permitted", "--way lazy-pages"),
         ("cpu: FPU feature required by image is not supported on host (fpu:1 fxsr:1", "-- --cpu-cap none"),
         ("cpu: CPU xsave size mismatch (7/8)", "-- --cpu-cap none"),
+        ("CRIU needs to have the CAP_SYS_ADMIN or the CAP_CHECKPOINT_RESTORE capability: ", "as root"),
         ("Can't get rlimit 4: Operation not permitted", "CAP_SYS_RESOURCE"),
         ("SEIZE 7: task not stopped after seize", "no other tracer"),
         ("Zombies with threads are not supported", "try again"),

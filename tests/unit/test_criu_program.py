@@ -127,6 +127,8 @@ def test_what_criu_said_on_stderr_is_quoted_where_it_logged_nothing(tmp_path: Pa
     said.write_text("criu: unrecognized option '--magic'\n\nTry again\n")
     error = failure(Criu("criu", (4, 1)), 1, "on process 7", log, said, pid=7)
     assert str(error) == "CRIU 4.1 failed (exit status 1) on process 7: criu: unrecognized option '--magic'; Try again"
+    said.write_text("CRIU needs to have the CAP_SYS_ADMIN or the CAP_CHECKPOINT_RESTORE capability: \n")
+    assert "hint: CRIU cannot do this as this user" in str(failure(Criu("criu", (4, 1)), 1, "", log, said))
 
 
 def test_the_log_of_a_criu_that_failed_is_kept(tmp_path: Path, temporary: Path) -> None:
