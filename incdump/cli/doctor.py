@@ -28,6 +28,8 @@ _EXAMPLE = """\b
 Example:
   incdump doctor
 """
+_HOLDER_PATIENCE = 2.0
+"""Seconds for which the holder is waited for."""
 _MANY_FILES = 4096
 _FILES_OF_A_PROCESS = 6
 """As many descriptors as a dump has open for a process, at most."""
@@ -64,6 +66,7 @@ def command(invocation: Invocation, criu: str | None) -> int:
     features = kerndat.probe().features()
     trackers = _try_trackers()
     works = any(tracker.works for tracker in trackers)
+    tracked, problem = _tracked()
     report: dict[str, Any] = {
         "works": works,
         "auto": next((tracker.name for tracker in trackers if tracker.works), None),
@@ -71,7 +74,8 @@ def command(invocation: Invocation, criu: str | None) -> int:
         "criu": examine(criu),
         "features": [asdict(feature) for feature in features],
         "limits": _limits(),
-        "tracked": _tracked(),
+        "tracked": tracked,
+        "holder": problem,
     }
     if invocation.json:
         print_json(report)
@@ -204,14 +208,16 @@ def _limits() -> list[str]:
     return found
 
 
-def _tracked() -> list[int]:
-    """The processes that this user's holder keeps track of."""
-    from incdump.holder.client import held_targets
+def _tracked() -> tuple[list[int] | None, str | None]:
+    """The processes that this user's holder keeps track of; or None, and why that is not known."""
+    from incdump.holder.client import held_targets, unusable
 
     try:
-        return sorted(target["pid"] for target in held_targets())
-    except (IncdumpError, OSError):
-        return []
+        return sorted(target["pid"] for target in held_targets(_HOLDER_PATIENCE)), None
+    except IncdumpError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, str(unusable(error))
 
 
 def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[Verdict]) -> None:
@@ -224,6 +230,8 @@ def _show(report: dict[str, Any], features: tuple[Feature, ...], trackers: list[
     lines += report["limits"]
     if report["tracked"]:
         lines.append(f"tracked now (see `incdump untrack`): {', '.join(map(str, report['tracked']))}")
+    if report["holder"] is not None and report["holder"] not in "\n".join(lines):
+        lines.append(f"what is tracked now is not known: {report['holder']}")
     with output():
         print("\n".join(lines), end="\n\n")
     show_verdicts("checkpoints", [row(report["criu"])])

@@ -8,12 +8,15 @@ started (nohup) stays ignored.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
+
+from incdump.errors import HolderError
 
 if TYPE_CHECKING:
     import asyncio
@@ -52,14 +55,25 @@ async def _until_signal(job: Callable[[], Awaitable[T]]) -> T:
 
     import anyio
 
+    from incdump.holder import waiting
+
+    waiting.begin()
     received: list[int] = []
     with anyio.CancelScope() as scope, _handlers(asyncio.get_running_loop(), partial(_stop, scope, received)):
-        return await job()
+        try:
+            return await job()
+        except HolderError as error:
+            if not received or error.errno != errno.ETIMEDOUT:
+                raise
+            # Nobody wanted to wait any more, that is all: see `give_up`.
     raise Stopped(received[0])
 
 
 def _stop(scope: anyio.CancelScope, received: list[int], number: int) -> None:
+    from incdump.holder import waiting
+
     received.append(number)
+    waiting.give_up()  # a worker thread that waits for a stopped holder is waited for
     scope.cancel()
     if len(received) == _AT_ONCE - 1:
         print("incdump: cleaning up; once more to leave it undone, and unfinished images behind", file=sys.stderr)

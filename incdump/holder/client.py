@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from incdump import errors
 from incdump.holder import wire
+from incdump.holder.waiting import await_readable
 from incdump.proc.identity import (
     Identity,
     boot_id,
@@ -124,9 +125,10 @@ def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
     raise kind(str(answer["error"]), pid=pid, errno=number)
 
 
-def connect() -> socket.socket | None:
+def connect(seconds: float | None = None) -> socket.socket | None:
     """A connection to the running holder, or None when there is none: then nothing that one left is left any more.
 
+    :param seconds: to wait for it; None: for as long as it may take to answer when it is busy.
     :raises incdump.errors.ProcMismatch: /proc is another pid namespace's.
     :raises incdump.errors.HolderError: it does not answer, or is of another version of incdump.
     """
@@ -134,11 +136,11 @@ def connect() -> socket.socket | None:
     if not os.path.exists(wire.socket_path()):
         return None
     try:
-        lock = wire.lock_socket(directory)  # lest it ends right now
+        lock = wire.lock_socket(directory, seconds=seconds)  # lest it ends right now
     except OSError as error:
         raise unusable(error) from error
     try:
-        sock = connect_locked()
+        sock = connect_locked(seconds)
         if sock is None:
             wire.remove_traces(directory)
         return sock
@@ -230,7 +232,7 @@ def _wait_ended(pidfd: int) -> bool:
     return bool(poll.poll(_END_TIMEOUT * 1000))
 
 
-def connect_locked() -> socket.socket | None:
+def connect_locked(seconds: float | None = None) -> socket.socket | None:
     """The same for who has the lock."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.settimeout(ANSWER_TIMEOUT)
@@ -238,7 +240,7 @@ def connect_locked() -> socket.socket | None:
         sock.connect(wire.socket_path())
         holder, _ = wire.peer(sock)
         keep_out_of_trees(holder)
-        answer, _ = ask(sock, {"do": "hello"})
+        answer, _ = ask(sock, {"do": "hello"}, seconds=seconds)
         if answer.get("version") != wire.VERSION:
             raise errors.HolderError(
                 f"the holder, process {holder}, is of another version of incdump: end it (kill {holder}); what it "
@@ -287,8 +289,8 @@ def _start_holder() -> None:
         with ours:
             with theirs:
                 child = _spawn("incdump.holder.server", [path, str(theirs.fileno())], (theirs.fileno(),), log)
-            ours.settimeout(START_TIMEOUT)
             try:
+                await_readable(ours, START_TIMEOUT)
                 mine = ours.recv(4096)
             finally:
                 _await_first_process(child)
@@ -312,22 +314,30 @@ def _await_first_process(child: subprocess.Popen[bytes]) -> None:
 
 
 def ask(
-    sock: socket.socket, message: dict[str, Any], pid: int | None = None, fds_passed: tuple[int, ...] = ()
+    sock: socket.socket,
+    message: dict[str, Any],
+    pid: int | None = None,
+    fds_passed: tuple[int, ...] = (),
+    seconds: float | None = None,
 ) -> tuple[dict[str, Any], list[int]]:
     """One question to the holder, and its answer.
 
+    :param seconds: within which it has to answer; None: `ANSWER_TIMEOUT`.
     :raises incdump.errors.IncdumpError: what the holder answered as an error.
-    :raises incdump.errors.HolderError: also when it does not answer in time.
+    :raises incdump.errors.HolderError: also when it does not answer in time: the connection is closed then, since the
+        answer may still come.
     """
     try:
         with contextlib.suppress(BrokenPipeError):  # it may have said why
             wire.send(sock, message, fds_passed)
+        await_readable(sock, ANSWER_TIMEOUT if seconds is None else seconds)
         try:
             answer, fds = wire.receive(sock)
         except ConnectionResetError:  # it hung up without having read that, which is told before what it said
             answer, fds = wire.receive(sock)
     except TimeoutError as error:
         holder, _ = wire.peer(sock)
+        sock.close()
         slow = f"the holder, process {holder}, does not answer; is it stopped? (kill -CONT {holder}, or kill -KILL)"
         raise errors.HolderError(slow, pid=pid, errno=errno.ETIMEDOUT) from error
     except (OSError, ValueError) as error:
@@ -358,7 +368,7 @@ class HolderKeeper:
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `Keeper.acquire`."""
-        if self._sock is None:
+        if self._sock is None or self._sock.fileno() < 0:
             self._sock = connect_or_start()
             with contextlib.suppress(errors.NoSuchTarget):  # it has ended already, as the question will find out
                 self._holder = identify(wire.peer(self._sock)[0])
@@ -467,8 +477,8 @@ def _make_uffd_apart(pid: int, start_time: int, held: list[int]) -> tuple[int, i
     finally:
         os.close(pidfd)
     with ours:
-        ours.settimeout(START_TIMEOUT)
         try:
+            await_readable(ours, START_TIMEOUT)
             answer, fds = wire.receive(ours)
         except (OSError, ValueError) as error:
             raise errors.HolderError(f"the helper process failed: {error}", pid=pid) from error
@@ -481,13 +491,17 @@ def _make_uffd_apart(pid: int, start_time: int, held: list[int]) -> tuple[int, i
     return fds[0], int(answer["stopped_us"])
 
 
-def held_targets() -> list[dict[str, Any]]:
-    """What the holder of this user keeps: a list of ``pid``, ``start_time``, ``generation``, ``busy``."""
-    sock = connect()
+def held_targets(seconds: float | None = None) -> list[dict[str, Any]]:
+    """What the holder of this user keeps: a list of ``pid``, ``start_time``, ``generation``, ``busy``.
+
+    :param seconds: within which it has to answer each question; None: for as long as it may take when it is busy.
+    :raises incdump.errors.HolderError: it does not.
+    """
+    sock = connect(seconds)
     if sock is None:
         return []
     with sock:
-        answer, _ = ask(sock, {"do": "list"})
+        answer, _ = ask(sock, {"do": "list"}, seconds=seconds)
         targets: list[dict[str, Any]] = answer["targets"]
         return targets
 

@@ -39,6 +39,7 @@ import struct
 import time
 from typing import Any
 
+from incdump.holder.waiting import Patience
 from incdump.proc.identity import check_own_proc, has_ended, pid_of
 
 VERSION = 2
@@ -100,19 +101,20 @@ def socket_path() -> str:
     return os.path.join(runtime_dir(), _name("sock"))
 
 
-def lock_socket(directory: str, *, wait: bool = True) -> int:
+def lock_socket(directory: str, *, wait: bool = True, seconds: float | None = None) -> int:
     """Lock the socket, as a client does that looks for a holder or starts one, and a holder that ends.
 
+    :param seconds: to wait for it at most; None: `LOCK_TIMEOUT`.
     :returns: a descriptor; the lock lasts until it is closed.
     :raises BlockingIOError: somebody else has it, and `wait` is false.
-    :raises TimeoutError: somebody else had it for `LOCK_TIMEOUT`.
+    :raises TimeoutError: somebody else had it for all that time, or somebody gave up waiting.
     """
     path = os.path.join(directory, _name("lock"))
-    deadline = time.monotonic() + LOCK_TIMEOUT
+    patience = Patience(LOCK_TIMEOUT if seconds is None else seconds) if wait else None
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _flock(lock, path, deadline if wait else None)
+            _flock(lock, path, patience)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(lock)):
                     return lock
@@ -122,8 +124,8 @@ def lock_socket(directory: str, *, wait: bool = True) -> int:
         os.close(lock)  # a holder that ended has removed it meanwhile
 
 
-def _flock(lock: int, path: str, deadline: float | None) -> None:
-    """Lock a file; with a deadline, by then.
+def _flock(lock: int, path: str, patience: Patience | None) -> None:
+    """Lock a file, waiting as long as there is patience.
 
     flock(2) has no limit of its own, and a holder of the lock may have been stopped.
     """
@@ -131,9 +133,9 @@ def _flock(lock: int, path: str, deadline: float | None) -> None:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if deadline is None:
+            if patience is None:
                 raise
-            if time.monotonic() > deadline:
+            if not patience.left:
                 raise TimeoutError(errno.ETIMEDOUT, "another incdump keeps it locked; is it stopped?", path) from None
         time.sleep(_LOCK_POLL)
 
