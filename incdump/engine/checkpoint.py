@@ -141,7 +141,7 @@ async def checkpoint(
     """
     check_arguments(pid=pid, images_dir=images_dir, parent=parent, options=options, progress=progress)
     check_arguments(criu=criu, criu_options=criu_options, way=way)
-    keeper = HolderKeeper()
+    keeper = HolderKeeper(pid)
     options = options or DumpOptions(afterwards="killed")
     try:
         run = CheckpointRun(pid, images_dir, parent, options, keeper, progress)

@@ -120,7 +120,7 @@ async def _with_holder(
     progress: Callable[[str, DumpStats], None] | None,
 ) -> DumpResult:
     check_arguments(pid=pid, images_dir=images_dir, parent=parent, options=options, progress=progress)
-    keeper = HolderKeeper()
+    keeper = HolderKeeper(pid)
     try:
         return await DumpRun(kind, pid, images_dir, parent, options or DumpOptions(), keeper, progress).run()
     finally:

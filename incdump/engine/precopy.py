@@ -288,7 +288,7 @@ class Loop:
             raise first_cause(group) from None
 
     async def _predump(self, number: int, options: DumpOptions) -> DumpResult:
-        keeper = self._in_turn(HolderKeeper())
+        keeper = self._in_turn(HolderKeeper(self._pid))
         try:
             path = self._path / str(number)
             parent, hot, proved = self._parent(number), self._to_defer(), self._proved
@@ -339,7 +339,7 @@ class Loop:
         await self._tell_written(final)
 
     async def _last_dump(self, number: int, criu: str | None, criu_options: Sequence[str]) -> DumpResult:
-        path, parent, keeper = self._path / str(number), self._parent(number), HolderKeeper()
+        path, parent, keeper = self._path / str(number), self._parent(number), HolderKeeper(self._pid)
         arguments = (self._pid, path, parent, self._options, keeper, self._note_freezing)
         try:
             if self._policy.final == "checkpoint":

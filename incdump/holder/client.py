@@ -25,6 +25,7 @@ from incdump import errors
 from incdump.holder import wire
 from incdump.holder.waiting import await_readable
 from incdump.proc.identity import (
+    HOLDER_COMM,
     Identity,
     boot_id,
     check_own_proc,
@@ -32,8 +33,10 @@ from incdump.proc.identity import (
     identify,
     is_same,
     keep_out_of_trees,
+    listens_as_holder,
     open_identified,
     open_pidfd,
+    read_proc,
 )
 from incdump.proc.limits import limit_of, starting
 
@@ -208,6 +211,13 @@ def end_holder_within(root: int) -> bool:
     :raises incdump.errors.HolderError: it has to end, and does not.
     """
     holder = _holder_pid()
+    for pid in _other_holders(holder):
+        if descends_from(pid, root):
+            raise errors.HolderError(
+                f"process {pid} is the holder of another incdump (another user, or INCDUMP_RUNTIME_DIR), and process "
+                f"{root} has adopted it, so that CRIU would dump it: end it first (kill {pid})",
+                pid=pid,
+            )
     if holder is None or not descends_from(holder, root):
         return False
     sock = connect()
@@ -223,6 +233,17 @@ def end_holder_within(root: int) -> bool:
         finally:
             os.close(pidfd)
     return True
+
+
+def _other_holders(own: int | None) -> list[int]:
+    """Holders of other runtime directories."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != own:
+            with contextlib.suppress(OSError):
+                if read_proc(f"/proc/{name}/comm").rstrip(b"\n") == HOLDER_COMM.encode():
+                    found.append(int(name))
+    return [pid for pid in found if listens_as_holder(pid)]
 
 
 def _wait_ended(pidfd: int) -> bool:
@@ -355,9 +376,13 @@ def ask(
 
 
 class HolderKeeper:
-    """Keeps userfaultfds with the holder process of this user."""
+    """Keeps userfaultfds with the holder process of this user.
 
-    def __init__(self) -> None:
+    :param root: of the tree that is dumped: `forget` finds its processes by it when it is gone; None: of none.
+    """
+
+    def __init__(self, root: int | None = None) -> None:
+        self._root = root
         self._sock: socket.socket | None = None
         self._holder: Identity | None = None
 
@@ -372,7 +397,7 @@ class HolderKeeper:
             self._sock = connect_or_start()
             with contextlib.suppress(errors.NoSuchTarget):  # it has ended already, as the question will find out
                 self._holder = identify(wire.peer(self._sock)[0])
-        question = {"do": "renew" if renew else "acquire", "pid": pid, "start_time": start_time}
+        question = {"do": "renew" if renew else "acquire", "pid": pid, "start_time": start_time, "root": self._root}
         pidfd = open_identified(pid, start_time)
         try:
             answer, fds = ask(self._sock, question, pid, (pidfd,))
@@ -506,10 +531,11 @@ def held_targets(seconds: float | None = None) -> list[dict[str, Any]]:
         return targets
 
 
-def forget(pids: list[int] | None) -> list[int]:
+def forget(pids: list[int] | None, root: tuple[int, int | None] | None = None) -> list[int]:
     """Give up the tracking of processes, or of all; a holder that holds no more has ended when this returns.
 
     :param pids: their numbers; None for all.
+    :param root: and all that were dumped with this tree: number and start time of its root; None for that: it is gone.
     :returns: the processes that were tracked until now.
     :raises incdump.errors.HolderError: one of them is being dumped right now.
     """
@@ -522,7 +548,7 @@ def forget(pids: list[int] | None) -> list[int]:
         forgotten: list[int] = []
         try:
             for some in [None] if pids is None else _in_portions(pids):
-                answer, _ = ask(sock, {"do": "forget", "pids": some})
+                answer, _ = ask(sock, {"do": "forget", "pids": some, "root": root})
                 forgotten += answer["forgotten"]
             sock.close()  # the holder waits for that
             if answer["ends"]:

@@ -20,6 +20,7 @@ from incdump import errors
 from incdump.holder import wire
 from incdump.holder.client import ask, connect_locked, unusable
 from incdump.holder.server import PR_SET_NAME, Holder
+from incdump.proc.identity import HOLDER_COMM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ def serve(on_ready: Callable[[str], None]) -> None:
     listener, path = _listen()
     holder = Holder(listener)
     holder.inode, holder.stays = os.lstat(path), True
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"incdump-holder", 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, HOLDER_COMM.encode(), 0, 0, 0)
     with _ended_by_signals(holder):
         on_ready(path)
         tell_systemd("READY=1")

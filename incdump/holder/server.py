@@ -35,7 +35,7 @@ from incdump._uapi import userfaultfd as uapi
 from incdump.errors import IncdumpError, TargetExited
 from incdump.freeze.inject import Held, inject_userfaultfd
 from incdump.holder import wire
-from incdump.proc.identity import has_ended, identify, pid_of
+from incdump.proc.identity import HOLDER_COMM, has_ended, identify, pid_of, read_stat
 from incdump.proc.limits import limit_is_near, limit_of, raise_open_files
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ _FLAGS = uapi.UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK
 class Target:
     """One process that is tracked.
 
+    :ivar roots: of the trees that it was dumped with: number and start time.
     :ivar generation: of the last dump that was committed; None while a dump is under way, and after one that failed.
     :ivar owner: the connection that acquired it, or None.
     """
@@ -69,6 +70,7 @@ class Target:
     start_time: int
     pidfd: int
     uffd: int = -1
+    roots: set[tuple[int, int]] = field(default_factory=set)
     generation: str | None = None
     owner: socket.socket | None = field(default=None, repr=False)
 
@@ -260,13 +262,13 @@ class Holder:
             case "hello":
                 return {"pid": os.getpid(), "version": wire.VERSION}, ()
             case "acquire":
-                return self._acquire(client, int(message["pid"]), int(message["start_time"]), fds, renew=False)
+                return self._acquire_for(message, client, fds, renew=False)
             case "renew":
-                return self._acquire(client, int(message["pid"]), int(message["start_time"]), fds, renew=True)
+                return self._acquire_for(message, client, fds, renew=True)
             case "commit":
                 return self._commit(client, int(message["pid"]), message["generation"]), ()
             case "forget":
-                return self._forget(client, message["pids"]), ()
+                return self._forget(client, message["pids"], message.get("root")), ()
             case "end":
                 self.has_to_end = True
                 return {"forgotten": list(self.targets)}, ()
@@ -279,6 +281,16 @@ class Holder:
                 return {"targets": rows[:500], "count": len(rows), "idle": idle}, ()
             case other:
                 raise ValueError(other)
+
+    def _acquire_for(
+        self, message: dict[str, Any], client: socket.socket, fds: list[int], *, renew: bool
+    ) -> tuple[dict[str, Any], tuple[int, ...]]:
+        pid, root = int(message["pid"]), message.get("root")
+        answer = self._acquire(client, pid, int(message["start_time"]), fds, renew=renew)
+        if root is not None and pid in self.targets:
+            with contextlib.suppress(ProcessLookupError):
+                self.targets[pid].roots.add((int(root), read_stat(int(root)).start_time))
+        return answer
 
     def _acquire(
         self, client: socket.socket, pid: int, start_time: int, fds: list[int], *, renew: bool
@@ -334,9 +346,9 @@ class Holder:
         target.owner, target.generation = None, generation
         return {}
 
-    def _forget(self, client: socket.socket, pids: list[int] | None) -> dict[str, Any]:
+    def _forget(self, client: socket.socket, pids: list[int] | None, root: list[int] | None) -> dict[str, Any]:
         wanted = None if pids is None else set(pids)
-        chosen = [t for t in self.targets.values() if wanted is None or t.pid in wanted]
+        chosen = [t for t in self.targets.values() if wanted is None or t.pid in wanted or _is_of(t, root)]
         busy = [t.pid for t in chosen if t.owner is not None]
         if busy:
             return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
@@ -353,6 +365,13 @@ class Holder:
             with contextlib.suppress(KeyError):
                 self.selector.unregister(target.pidfd)
         target.close()
+
+
+def _is_of(target: Target, root: list[int] | None) -> bool:
+    """Whether a process was dumped with the tree of a root: its number and start time, or null where it is gone."""
+    if root is None:
+        return False
+    return any(pid == root[0] and root[1] in (None, start_time) for pid, start_time in target.roots)
 
 
 def _refusal(error: Exception) -> dict[str, Any]:
@@ -379,7 +398,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    ctypes.CDLL(None).prctl(PR_SET_NAME, b"incdump-holder", 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, HOLDER_COMM.encode(), 0, 0, 0)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     mine = f"{path}.{os.getpid()}"
     listener.bind(mine)

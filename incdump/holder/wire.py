@@ -11,12 +11,14 @@ refusal. Only the standard library is used: the holder is to stay small.
 do         with                                        answer
 =========  ==========================================  ===============================================================
 hello                                                  ``pid`` of the holder, ``version`` of this protocol
-acquire    ``pid``, ``start_time``; its pidfd as       ``generation`` (or null), ``started`` (tracking began now),
-           descriptor                                  ``stopped_us``; the userfaultfd as descriptor
+acquire    ``pid``, ``start_time``, ``root`` (number   ``generation`` (or null), ``started`` (tracking began now),
+           of its tree's, or null); its pidfd as       ``stopped_us``; the userfaultfd as descriptor
+           descriptor
 renew      the same                                    the same, after a new userfaultfd took the old one's place
 commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
-forget     ``pids`` (or null for all)                  ``forgotten``: list of pids; ``ends``: whether the holder does
-                                                       when this connection has ended
+forget     ``pids`` (or null for all), ``root``        ``forgotten``: list of pids; ``ends``: whether the holder does
+           (number, start time; or null): all of its   when this connection has ended
+           tree as well
 list                                                   ``targets``: list of objects; ``idle``: it is about to end
 end                                                    ``forgotten``; it ends at once, and all of its tracking
 =========  ==========================================  ===============================================================

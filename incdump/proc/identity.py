@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _PAGE_SIZE = 4096  # incdump.model.runs has it for those that may import NumPy
+HOLDER_COMM = "incdump-holder"
+"""The name of a holder process."""
 PF_KTHREAD = 0x00200000
 """Bit of field 9 of /proc/PID/stat: a kernel thread (include/linux/sched.h)."""
 PF_EXITING = 0x00000004
@@ -300,8 +302,31 @@ def descends_from(pid: int, root: int) -> bool:
 
 
 def is_own_helper(stat: Stat) -> bool:
-    """Whether a process is one of `keep_out_of_trees`."""
-    return (stat.pid, stat.start_time) in _own_helpers
+    """Whether a process is one of `keep_out_of_trees`, or a holder of whatever runtime directory."""
+    if (stat.pid, stat.start_time) in _own_helpers:
+        return True
+    if stat.comm != HOLDER_COMM or not listens_as_holder(stat.pid):
+        return False
+    _own_helpers.add((stat.pid, stat.start_time))
+    return True
+
+
+def listens_as_holder(pid: int) -> bool:
+    """Whether a process has bound a holder's socket: its name has the pid namespace's inode and its number there.
+
+    So a program of the target's that happens to have the holder's name is not left out of a dump.
+    """
+    try:
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        lines = read_proc(f"/proc/{pid}/net/unix").splitlines()
+        namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
+        status = read_proc(f"/proc/{pid}/status").splitlines()
+    except OSError:
+        return False
+    numbers = [line.split()[-1] for line in status if line.startswith(b"NSpid:")]  # the last is its own of itself
+    own = {link[8:-1].encode() for link in links if link.startswith("socket:[")}
+    name = b"/holder-%d.sock.%s" % (namespace, numbers[0] if numbers else b"%d" % pid)
+    return any(line.endswith(name) and line.split()[6] in own for line in lines)
 
 
 def identify(pid: int) -> Identity:

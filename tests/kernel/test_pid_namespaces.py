@@ -16,7 +16,7 @@ import pytest
 import incdump
 from incdump.errors import HolderError, TargetExited
 from incdump.holder import wire
-from incdump.holder.client import HolderKeeper, ask, connect, end_holder_within
+from incdump.holder.client import HolderKeeper, ask, connect, end_holder_within, forget
 from incdump.proc.identity import Identity, check_own_proc, identify, open_identified, pid_of, signal_same
 from tests.kernel.support import (
     Odd,
@@ -26,6 +26,7 @@ from tests.kernel.support import (
     require_root,
     require_tracker,
     tracked_pids,
+    until,
     wait_readable,
     watched_vmas,
 )
@@ -288,6 +289,58 @@ async def test_untrack_gives_up_the_descendants_too(images_root: Path) -> None:
         assert watched_vmas(child) == []
 
 
+@pytest.mark.asyncio
+async def test_untrack_finds_the_descendants_of_a_root_that_is_gone(odd: Odd, images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    command = ["sh", "-c", "sleep 1000 & echo $!; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as root:
+        assert root.stdout is not None
+        child = int(root.stdout.readline())
+        await incdump.predump(root.pid, images_root / "1")
+        await incdump.predump(odd.pid, images_root / "2")
+        root.kill()
+    until(lambda: root.pid not in tracked_pids())
+    try:
+        assert sorted(tracked_pids()) == sorted((child, odd.pid))
+        assert await incdump.untrack(root.pid) == [child]
+        assert tracked_pids() == [odd.pid]
+        assert watched_vmas(child) == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.asyncio
+async def test_untrack_finds_descendants_that_have_left_the_tree(odd: Odd, images_root: Path) -> None:
+    """Their parent has exited, and they are init's, or a subreaper's."""
+    require_tracker("uffd-wp")
+    script = "import subprocess, sys; p = subprocess.Popen(['sh', '-c', sys.argv[1]]); p.wait(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "sleep 1000 & echo $!; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as root:
+        assert root.stdin is not None
+        assert root.stdout is not None
+        child = int(root.stdout.readline())
+        await incdump.predump(root.pid, images_root / "1")
+        await incdump.predump(odd.pid, images_root / "2")
+        root.stdin.write(b"\n")
+        root.stdin.flush()
+        until(lambda: len(tracked_pids()) == 3)  # the shell between them is gone
+        assert sorted(await incdump.untrack(root.pid)) == sorted((root.pid, child))
+        assert tracked_pids() == [odd.pid]
+        os.kill(child, signal.SIGKILL)
+        root.kill()
+
+
+@pytest.mark.asyncio
+async def test_untrack_of_a_number_that_is_anothers_by_now_spares_the_former_tree(odd: Odd, images_root: Path) -> None:
+    require_tracker("uffd-wp")
+    (child,) = odd.do("fork")
+    await incdump.predump(odd.pid, images_root / "1")
+    assert forget([], (odd.pid, identify(odd.pid).start_time + 1)) == []
+    assert sorted(tracked_pids()) == sorted((odd.pid, child))
+    assert sorted(forget([], (odd.pid, identify(odd.pid).start_time))) == sorted((odd.pid, child))
+
+
 ADOPTER = """
 import ctypes, subprocess, sys, time
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
@@ -361,6 +414,48 @@ async def test_a_holder_that_the_target_has_adopted_is_no_part_of_its_tree(
         assert first.pids == last.pids == [adopter.pid]
         assert sorted(tracked_pids()) == sorted((other.pid, adopter.pid))
         await incdump.untrack(None)
+
+
+@pytest.mark.asyncio
+async def test_an_adopted_holder_of_another_runtime_directory_is_no_part_of_a_tree(
+    adopter: subprocess.Popen[str], images_root: Path
+) -> None:
+    require_tracker("uffd-wp")
+    other_dir = images_root / "other-runtime"
+    with Odd() as other:
+        elsewhere = ("env", f"INCDUMP_RUNTIME_DIR={other_dir}", sys.executable, "-m", "incdump")
+        done = run_in(adopter, *elsewhere, "predump", "-t", other.pid, "-D", images_root / "other")
+        assert done.startswith("0"), done
+        (socket_path,) = other_dir.glob("*.sock")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(str(socket_path))
+            holder, _ = wire.peer(sock)
+        assert f"PPid:\t{adopter.pid}\n" in Path(f"/proc/{holder}/status").read_text()
+        first = await incdump.predump(adopter.pid, images_root / "1")
+        stopped = incdump.DumpOptions(afterwards="stopped")
+        last = await incdump.dump(adopter.pid, images_root / "2", parent="../1", options=stopped)
+        os.kill(adopter.pid, signal.SIGCONT)
+        assert first.pids == last.pids == [adopter.pid]
+        with pytest.raises(HolderError, match=f"process {holder} is the holder of another incdump.*kill {holder}"):
+            end_holder_within(adopter.pid)
+        assert not end_holder_within(other.pid)
+        assert run_in(adopter, *elsewhere, "untrack", "--all").startswith("0")
+        await incdump.untrack(None)
+
+
+@pytest.mark.asyncio
+async def test_a_process_that_merely_has_the_holders_name_is_dumped(images_root: Path) -> None:
+    name = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'incdump-holder', 0, 0, 0); print(flush=True); input()"
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {name!r}]).wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as root:
+        assert root.stdout is not None
+        assert root.stdout.readline() == b"\n"
+        result = await incdump.predump(root.pid, images_root / "1")
+        assert len(result.pids) == 2
+        await incdump.untrack(root.pid)
+        root.communicate(b"\n")
 
 
 @pytest.mark.asyncio
