@@ -55,7 +55,12 @@ class LazyCriu:
             )
         spare(self._process.pid)
         self._thread = threading.Thread(target=self._wait, name="criu-lazy", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread can be made: nobody would hear of its end
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def _wait(self) -> None:
         try:

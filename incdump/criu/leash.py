@@ -98,7 +98,14 @@ class LeashedCriu:
         spare(self._process.pid)
         self._pidfd = os.pidfd_open(self._process.pid)
         self._thread = threading.Thread(target=self._serve, name="criu-leash", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread can be made: nobody would answer it
+            self._process.kill()
+            self._process.wait()
+            os.close(self._listener)
+            os.close(self._pidfd)
+            raise
 
     def _take_listener(self, channel: socket.socket) -> int:
         data, fds, _, _ = socket.recv_fds(channel, 4, 1)

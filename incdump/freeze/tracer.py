@@ -167,8 +167,9 @@ class TracerThread:
         return future.result()
 
     def _start(self, predecessor: int | None, unresolved: _Job | None) -> None:
-        self._thread = threading.Thread(target=self._main, args=(predecessor, unresolved), name="tracer", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._main, args=(predecessor, unresolved), name="tracer", daemon=True)
+        thread.start()
+        self._thread = thread
 
     def _main(self, predecessor: int | None, unresolved: _Job | None) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -180,8 +181,10 @@ class TracerThread:
             job.run()
             if self._retiring:
                 self._retiring = False
-                self._start(threading.get_native_id(), job)
-                return
+                # Where no thread can be made this one goes on: what it traces is let go of when it ends.
+                with contextlib.suppress(RuntimeError):
+                    self._start(threading.get_native_id(), job)
+                    return
             job.resolve()
             del job  # and what its result refers to
 

@@ -225,7 +225,7 @@ def end_holder_within(root: int) -> bool:
         return True
     with sock:
         holder, _ = wire.peer(sock)
-        pidfd = open_pidfd(holder)
+        pidfd = _holder_pidfd(sock)
         try:
             ask(sock, {"do": "end"}, holder)
             if not _wait_ended(pidfd):
@@ -233,6 +233,14 @@ def end_holder_within(root: int) -> bool:
         finally:
             os.close(pidfd)
     return True
+
+
+def _holder_pidfd(sock: socket.socket) -> int:
+    """A pidfd of the holder at the other end, which the caller closes."""
+    try:
+        return wire.peer_pidfd(sock)
+    except OSError:  # a kernel before 6.5
+        return open_pidfd(wire.peer(sock)[0])
 
 
 def _other_holders(own: int | None) -> list[int]:
@@ -543,8 +551,7 @@ def forget(pids: list[int] | None, root: tuple[int, int | None] | None = None) -
     if sock is None:
         return []
     with sock:
-        holder, _ = wire.peer(sock)
-        pidfd = open_pidfd(holder)
+        pidfd = _holder_pidfd(sock)
         forgotten: list[int] = []
         try:
             for some in [None] if pids is None else _in_portions(pids):

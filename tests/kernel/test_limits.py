@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import incdump
+from incdump.criu.lazy import LazyCriu
+from incdump.criu.leash import LeashedCriu
 from incdump.errors import HolderError, ResourceLimit
+from incdump.freeze.tracer import TracerThread
 from incdump.holder import wire
 from incdump.holder.client import connect, connect_or_start
 from incdump.proc.limits import limit_of, naming_limits, starting
@@ -211,6 +216,45 @@ def test_a_holder_takes_no_more_targets_than_leave_room_to_talk(images_root: Pat
         assert 20 < len(tracked_pids()) < 50
         done = run(RUN, "untrack", "--all", soft=USUAL)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.asyncio
+async def test_a_tracing_thread_goes_on_where_it_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracer = TracerThread()
+    tracer.start()
+    first = await tracer.run(threading.get_native_id)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _no_thread)
+        await asyncio.wait_for(tracer.run(tracer.retire), 10)
+    assert await asyncio.wait_for(tracer.run(threading.get_native_id), 10) == first
+    await tracer.run(tracer.retire)
+    assert await tracer.run(threading.get_native_id) != first
+    await asyncio.wait_for(tracer.finish(lambda: None), 10)
+    assert not os.path.exists(f"/proc/self/task/{first}")
+
+
+def _no_thread(_self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("way", ["leash", "lazy"])
+def test_a_criu_that_nobody_could_watch_is_not_left_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    def start(command: list[str]) -> LeashedCriu | LazyCriu:
+        if way == "leash":
+            return LeashedCriu(command, None, lambda: None, lambda: None, tmp_path / "stderr")
+        return LazyCriu(command, (4, 1, 1), lambda: None, tmp_path / "stderr")
+
+    command = ["sh", "-c", "exec sleep 1000", "sh"]
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _no_thread)
+        with pytest.raises(ResourceLimit, match="RLIMIT_NPROC"), naming_limits():
+            start(command)
+    assert len(os.listdir("/proc/self/fd")) == before
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    assert not [pid for pid in children if b"1000" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_each_limit_has_its_name() -> None:
