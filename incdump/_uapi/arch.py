@@ -27,6 +27,9 @@ ERESTARTSYS, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 514, 516
 """Kernel-internal results of an interrupted call (include/linux/errno.h): make it again unless a signal handler without
 SA_RESTART, or any handler, has run; or go on with it by restart_syscall(2)."""
 
+Direction: TypeAlias = Literal["in", "out"]
+"""Which of a socket's timeouts bounds a call: SO_RCVTIMEO or SO_SNDTIMEO."""
+
 _TIMER_ABSTIME = 1
 _FUTEX_WAITS, _FUTEX_COMMAND = (0, 9), 127  # FUTEX_WAIT and FUTEX_WAIT_BITSET; what is no flag
 
@@ -50,7 +53,11 @@ class Arch:
     :ivar instruction: bytes of the system call instruction; its address is a multiple of `alignment`.
     :ivar waits_with_eintr: numbers of waiting calls that fail with EINTR when a thread is stopped for a tracer, and the
         index and kind of their timeout (signal(7), "Interruption of system calls ... by stop signals").
+    :ivar socket_waits: numbers of calls that do so on a socket with a timeout, and which of its timeouts that is; the
+        socket is their first argument, and many of them are also made on what is no socket.
+    :ivar timed_out: what such calls return at the end of their time, as -errno, where it is not -EAGAIN.
     :ivar epoll_waits: of these, the ones whose first argument is an epoll descriptor.
+    :ivar semaphore_waits: those whose first argument is a System V semaphore set.
     :ivar waits_well: numbers of waiting calls that the kernel goes on with after such a stop, as if nothing had been.
     :ivar waits_restarted: of these, the ones that a debugger's change of registers makes start from the beginning,
         unless it says that they are to go on.
@@ -95,7 +102,10 @@ class Arch:
     sys_process_madvise: int = 440
 
     waits_with_eintr: Mapping[int, tuple[int, Timeout]] = field(default_factory=dict)
+    socket_waits: Mapping[int, Direction] = field(default_factory=dict)
+    timed_out: Mapping[int, int] = field(default_factory=dict)
     epoll_waits: frozenset[int] = frozenset()
+    semaphore_waits: frozenset[int] = frozenset()
     waits_well: frozenset[int] = frozenset()
     waits_restarted: frozenset[int] = frozenset()
     restarts: Mapping[int, int] = field(default_factory=dict)
@@ -122,28 +132,9 @@ class Arch:
         """A system call's result: negative is -errno."""
         return ctypes.c_int64(registers[self.result]).value
 
-    def is_spoilt(self, registers: Registers, number: int) -> bool:
-        """Whether registers are those of a call that waits for ever, and that a stop has made fail with EINTR.
-
-        A wait with a timeout is none of these, since made again it would wait for all of it again.
-
-        :param number: of the call.
-        """
-        wait = self.waits_with_eintr.get(number) if self.result_of(registers) == -errno.EINTR else None
-        return wait is not None and self._for_ever(wait, registers)
-
-    def spare_eintr(self, registers: Registers) -> bool:
-        """Make a call that waits for ever, and that the stop made fail with EINTR, start again instead.
-
-        A signal handler that runs still makes it fail with EINTR, as it must. Only where the kernel keeps what is
-        needed for that (orig_rax); elsewhere it is for `incdump.freeze.interrupted`.
-
-        :returns: whether registers were changed.
-        """
-        if self.orig < 0 or not self.is_spoilt(registers, registers[self.orig]):
-            return False
-        self.set_result(registers, -ERESTARTNOHAND)
-        return True
+    def set_timed_out(self, registers: Registers, number: int) -> None:
+        """Have a waiting call return what it does at the end of its time."""
+        self.set_result(registers, self.timed_out.get(number, -errno.EAGAIN))
 
     def set_result(self, registers: Registers, result: int) -> None:
         """Set what a system call returns."""
@@ -167,14 +158,6 @@ class Arch:
                 return None
         needs_proof = code == ERESTART_RESTARTBLOCK and number != self.sys_restart_syscall
         return code if was_waiting or not needs_proof else None
-
-    def _for_ever(self, wait: tuple[int, Timeout], registers: Registers) -> bool:
-        """Whether the timeout of a call described in `waits_with_eintr` means no end."""
-        index, kind = wait
-        if kind == "none":
-            return True
-        value = registers[self.arguments[index]]
-        return bool(value & 0x80000000) if kind == "int" else value == 0
 
 
 _X86_64 = Arch(
@@ -219,7 +202,14 @@ _X86_64 = Arch(
         281: (3, "int"),  # epoll_pwait
         441: (3, "pointer"),  # epoll_pwait2
     },
+    # recvfrom recvmsg recvmmsg accept accept4 read readv; sendto sendmsg sendmmsg connect write writev sendfile
+    socket_waits={
+        **dict.fromkeys((45, 47, 299, 43, 288, 0, 19), "in"),
+        **dict.fromkeys((44, 46, 307, 42, 1, 20, 40), "out"),
+    },
+    timed_out={**dict.fromkeys((208, 232, 281, 441), 0), 42: -errno.EINPROGRESS},
     epoll_waits=frozenset({232, 281, 441}),
+    semaphore_waits=frozenset({65, 220}),
     # read poll select pause nanosleep wait4 rt_sigsuspend futex clock_nanosleep waitid pselect6 ppoll
     waits_well=frozenset({0, 7, 23, 34, 35, 61, 130, 202, 230, 247, 270, 271}),
     vforks=frozenset({56, 58, 435}),  # clone vfork clone3
@@ -265,7 +255,14 @@ _AARCH64 = Arch(
         193: (0, "none"),  # semop
         441: (3, "pointer"),  # epoll_pwait2
     },
+    # recvfrom recvmsg recvmmsg accept accept4 read readv; sendto sendmsg sendmmsg connect write writev sendfile
+    socket_waits={
+        **dict.fromkeys((207, 212, 243, 202, 242, 63, 65), "in"),
+        **dict.fromkeys((206, 211, 269, 203, 64, 66, 71), "out"),
+    },
+    timed_out={**dict.fromkeys((4, 22, 441), 0), 203: -errno.EINPROGRESS},
     epoll_waits=frozenset({22, 441}),
+    semaphore_waits=frozenset({192, 193}),
     # read pselect6 ppoll waitid futex nanosleep clock_nanosleep restart_syscall rt_sigsuspend wait4
     waits_well=frozenset({63, 72, 73, 95, 98, 101, 115, 128, 133, 260}),
     waits_restarted=frozenset({98, 101, 115, 128}),

@@ -14,8 +14,8 @@ The steps, all in a thread of our own that ends afterwards (the kernel then lets
    that the stop interrupted, if it was in one.
 
 A thread stopped inside a restartable sequence goes on at that sequence's abort handler, which is where the kernel
-sends every thread that was taken off its processor there. A wait that the stop made fail with EINTR, and that
-had no timeout, waits again (`incdump.freeze.interrupted`).
+sends every thread that was taken off its processor there. A wait that the stop made fail with EINTR is
+made again (`incdump.freeze.interrupted`).
 
 On aarch64 the kernel has already rewound an interrupted call when a tracer gets to see it. At the exit of our own call
 the thread is made to look as if the interrupted one had just returned there, with the result that stands for what it
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from incdump._uapi import ptrace
-from incdump._uapi.arch import ARCH
+from incdump._uapi.arch import ARCH, ERESTARTNOHAND
 from incdump._uapi.kcmp import same_file
 from incdump._uapi.pidfd import open_for_thread, pidfd_getfd
 from incdump.errors import (
@@ -49,6 +49,7 @@ from incdump.errors import (
     TargetExited,
     TargetUnsuitable,
 )
+from incdump.freeze.asleep import sleeps_in
 from incdump.freeze.attach import interrupt, seize
 from incdump.freeze.choice import Candidate, candidates, find_instruction, has_exited, is_gone
 from incdump.freeze.interrupted import Call, is_instruction, look, spare_eintr, was_waiting
@@ -271,6 +272,7 @@ class _Thread:
         self.own = ARCH.registers()
         self.ours = ARCH.registers()
         self.seen_in: Call | None = None
+        self.sleep = sleeps_in([(pid, self.tid)]).get(self.tid)
         self.restart: int | None = None
         self.saved: _Saved | None = None
         self.is_at_exit = False
@@ -339,9 +341,9 @@ class _Thread:
         if not self.own[ARCH.pc] or not word.startswith(ARCH.instruction):
             raise self._unsafe("has called exec() just now, try again")
         self._leave_rseq()
-        spare_eintr(self.pid, self.tid, self.own, self.seen_in)
-        if ARCH.orig < 0:
-            self._find_restart()
+        became = spare_eintr(self.pid, self.tid, self.own, self.seen_in, self.sleep)
+        if ARCH.orig < 0 and became != "over":
+            self._find_restart(is_spared=became == "again")
         saved = _Saved(self.own, ptrace.getsigmask(self.tid))
         self.saved = saved  # from here on `let_go` puts it back
         ptrace.setsigmask(self.tid, ptrace.ALL_SIGNALS)
@@ -384,12 +386,12 @@ class _Thread:
             raise self._unsafe("is in a restartable sequence of an unknown kind")
         self.own[ARCH.pc] = abort
 
-    def _find_restart(self) -> None:
+    def _find_restart(self, *, is_spared: bool) -> None:
         """aarch64: what the call returned that the kernel, or we, have rewound."""
         pc = self.own[ARCH.pc]
         if is_instruction(self.tid, pc):
             waited = was_waiting(self.own, self.seen_in, pc + len(ARCH.instruction))
-            self.restart = ARCH.restart_of(self.own, was_waiting=waited)
+            self.restart = ERESTARTNOHAND if is_spared else ARCH.restart_of(self.own, was_waiting=waited)
 
     def _call(self, number: int, *arguments: int) -> int:
         """Run one system call.

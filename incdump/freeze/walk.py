@@ -32,6 +32,7 @@ from incdump._uapi.arch import ARCH
 from incdump._uapi.kcmp import KCMP_VM, shares
 from incdump._uapi.procfile import read_small
 from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
+from incdump.freeze.asleep import Sleep, sleeps_in, threads_below
 from incdump.freeze.attach import interrupt, is_ours, seize
 from incdump.freeze.choice import has_exited, is_gone, read_thread_stat
 from incdump.freeze.interrupted import Call, fail_after_all, has_handler, look, spare_eintr
@@ -124,6 +125,7 @@ class TreeWalk:
         self._abandoned = threading.Event()
         self._info = ptrace.SigInfo()
         self._registers = ARCH.registers()
+        self._sleeps: dict[int, Sleep] = {}
 
     def __repr__(self) -> str:
         threads = sum(len(process.threads) for process in self.processes.values())
@@ -142,6 +144,7 @@ class TreeWalk:
         self._deadline = time.monotonic() + timeout
         self._abandoned = abandoned
         try:
+            self._sleeps = sleeps_in(threads_below(root))
             self._add(root)
             self._to_fixed_point()
         except BaseException:
@@ -266,14 +269,15 @@ class TreeWalk:
         return True
 
     def _spare_eintr(self, thread: Thread) -> None:
-        """See to it that an endless wait goes on afterwards, and does so even if we are killed."""
+        """See to it that a wait goes on afterwards which the stop made fail, and does so even if we are killed."""
         registers = self._registers
         with contextlib.suppress(ProcessLookupError):  # killed since: it will be found out
             if ptrace.getregset(thread.tid, registers) != ctypes.sizeof(registers):
                 return
-            if spare_eintr(thread.pid, thread.tid, registers, thread.seen_in):
+            sleep = self._sleeps.get(thread.tid)
+            if became := spare_eintr(thread.pid, thread.tid, registers, thread.seen_in, sleep):
                 ptrace.setregset(thread.tid, registers)
-                thread.is_spared = True
+                thread.is_spared = became == "again"
 
     def _is_to_come(self, thread: Thread) -> bool:
         """Whether a thread that has not stopped so far still may."""

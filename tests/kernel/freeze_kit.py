@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -38,6 +39,29 @@ HANDLER_ENDS = [
     *("nanosleep", "clock_nanosleep", "futex with a timeout", "poll with a timeout", "select with a timeout"),
 ]
 """The waits of victims/freeze_waits.c that a signal handler ends with EINTR."""
+
+IN_A_REGISTER = ["epoll_wait", "epoll_pwait"]
+TIMED = [
+    *("recv", "recvmsg", "recvmmsg", "read", "send", "sendmsg", "write", "accept", "connect"),
+    *(*IN_A_REGISTER, "epoll_pwait by itself", "epoll_pwait2", "sigtimedwait", "semtimedop", "io_getevents"),
+]
+"""The waits with an end of victims/freeze_timed.c."""
+ENDING = [call for call in TIMED if not (MAY_FAIL and call in ("sigtimedwait", "io_getevents"))]
+"""Those that can be told when they began, where there is something to note it in."""
+FOR_EVER = 600_000
+"""Milliseconds: such a wait does not end by itself while a test looks on."""
+
+
+def in_time(call: str) -> int:
+    """What a wait of victims/freeze_timed.c returns when what it waits for happens."""
+    return signal.SIGUSR1 if call == "sigtimedwait" else int(call not in ("connect", "semtimedop"))
+
+
+def timed_out(call: str) -> set[tuple[int, int]]:
+    """Result and errno of such a wait at the end of its time; of connect(2) made again EALREADY as well."""
+    if call.startswith("epoll") or call == "io_getevents":
+        return {(0, 0)}
+    return {(-1, errno.EAGAIN), (-1, errno.EINPROGRESS)} if call == "connect" else {(-1, errno.EAGAIN)}
 
 
 class Victim:
@@ -159,6 +183,19 @@ class Victims:
         """Kill them."""
         for victim in self._started:
             victim.kill()
+
+
+def timed(victim: Callable[..., Victim], call: str, ms: int) -> Victim:
+    """A victim that sleeps in a wait with an end."""
+    target = victim("timed", call, ms)
+    target.wait_until(lambda: target.value(0) == 1 and target.state() == "S")
+    return target
+
+
+def sleeps_again(target: Victim, ms: float = 0) -> None:
+    """Return when a victim waits again, and has waited for so long."""
+    target.wait_until(lambda: target.state() in "SZ")
+    time.sleep(ms / 1000)
 
 
 def queue(pid: int, value: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import os
@@ -35,18 +36,26 @@ from incdump.freeze.seize import Freezer
 from incdump.proc.identity import read_stat
 from tests.kernel.freeze_kit import (
     EINTR,
+    ENDING,
     ERRORS,
+    FOR_EVER,
     HANDLER_ENDS,
+    IN_A_REGISTER,
     MAY_FAIL,
     QUIT,
     SLEEP,
     SLOWER,
+    TIMED,
     Victim,
     Victims,
+    in_time,
     queue,
     signal_before_interrupt,
     signals_one_by_one,
+    sleeps_again,
     state,
+    timed,
+    timed_out,
     tracer_of,
 )
 
@@ -771,6 +780,83 @@ async def test_each_signal_ends_one_wait_and_nothing_else_does(victim: START) ->
             for _ in range(300):
                 await freezer.freeze(target.pid)
                 await freezer.thaw()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", TIMED)
+async def test_a_wait_with_an_end_goes_on_and_ends_with_what_it_waits_for(victim: START, call: str) -> None:
+    target = timed(victim, call, FOR_EVER)
+    async with Freezer() as freezer:
+        for _ in range(10):
+            await freezer.freeze(target.pid)
+            await freezer.thaw()
+            sleeps_again(target)
+            assert target.beats == 0, (target.result(), target.value(2))
+    assert target.popen.stdin is not None
+    target.popen.stdin.write(b"x")
+    target.popen.stdin.flush()
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) == (in_time(call), 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", ENDING)
+async def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victim: START, call: str) -> None:
+    target = timed(victim, call, SLEEP)
+    began = time.monotonic()
+    async with Freezer() as freezer:
+        while target.beats == 0:
+            with contextlib.suppress(TargetError):
+                await freezer.freeze(target.pid)
+                await freezer.thaw()
+            sleeps_again(target, SLEEP / 20)
+            assert time.monotonic() < began + 20 * SLEEP / 1000
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) in timed_out(call)
+    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP + 200 * SLOWER
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", IN_A_REGISTER)
+async def test_a_timeout_in_a_register_that_nobody_looks_at_is_made_shorter_by_what_has_passed(
+    victim: START, call: str
+) -> None:
+    target = timed(victim, call, 2 * SLEEP)
+    async with Freezer() as freezer:
+        for _ in range(3):
+            sleeps_again(target, SLEEP / 2)
+            await freezer.freeze(target.pid)
+            await freezer.thaw()
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) == (0, 0)
+    assert 2 * SLEEP - 5 <= target.value(3) < 2 * SLEEP + SLEEP / 2
+
+
+@pytest.mark.asyncio
+async def test_a_timeout_in_a_register_that_the_program_may_look_at_is_left_alone(victim: START) -> None:
+    target = timed(victim, "epoll_pwait by itself", SLEEP)
+    sleeps_again(target, SLEEP / 2)
+    async with Freezer() as freezer:
+        await freezer.freeze(target.pid)
+        await freezer.thaw()
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(5)) == (0, SLEEP)
+    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("call", TIMED)
+async def test_a_handler_ends_a_wait_with_an_end_even_one_that_restarts_calls(victim: START, call: str) -> None:
+    target = timed(victim, call, FOR_EVER)
+    async with Freezer() as freezer:
+        for i in range(3):
+            await freezer.freeze(target.pid)
+            if i == 2:
+                os.kill(target.pid, signal.SIGUSR2)
+            await freezer.thaw()
+            sleeps_again(target)
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
 
 
 def _end_wait(target: Victim, call: str) -> None:

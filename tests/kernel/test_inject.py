@@ -25,20 +25,30 @@ from incdump.errors import AlreadyTraced, InjectionFailed, NoSuchTarget, TargetE
 from incdump.freeze import inject
 from incdump.freeze.choice import candidates
 from incdump.freeze.inject import Held, inject_userfaultfd
+from incdump.freeze.interrupted import spare_eintr
 from incdump.freeze.seize import Freezer
 from tests.kernel.freeze_kit import (
     EINTR,
+    ENDING,
     ERRORS,
+    FOR_EVER,
     HANDLER_ENDS,
+    IN_A_REGISTER,
     MAY_FAIL,
     SLEEP,
+    SLOWER,
     SOURCES,
+    TIMED,
     Victim,
     Victims,
+    in_time,
     queue,
     signal_before_interrupt,
     signals_one_by_one,
+    sleeps_again,
     state,
+    timed,
+    timed_out,
     tracer_of,
 )
 from tests.targets import build
@@ -206,6 +216,68 @@ def test_a_handler_of_a_signal_that_comes_meanwhile_ends_the_wait(victim: START,
     for _ in range(3):
         inject_once(target.pid)
         target.wait_until(lambda: target.state() == "S")  # it waits again
+    fd, _ = inject_userfaultfd(target.pid, FLAGS, on_stopped=lambda: os.kill(target.pid, signal.SIGUSR2))
+    os.close(fd)
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2), target.value(4)) == (-1, errno.EINTR, 1)
+
+
+@pytest.mark.parametrize("call", TIMED)
+def test_a_wait_with_an_end_goes_on_and_ends_with_what_it_waits_for(victim: START, call: str) -> None:
+    target = timed(victim, call, FOR_EVER)
+    for _ in range(10):
+        inject_once(target.pid)
+        sleeps_again(target)
+        assert target.beats == 0, (target.result(), target.value(2))
+    assert target.popen.stdin is not None
+    target.popen.stdin.write(b"x")
+    target.popen.stdin.flush()
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) == (in_time(call), 0)
+
+
+@pytest.mark.parametrize("call", ENDING)
+def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victim: START, call: str) -> None:
+    target = timed(victim, call, SLEEP)
+    began = time.monotonic()
+    while target.beats == 0:
+        with contextlib.suppress(TargetExited, TargetUnsuitable, InjectionFailed, NoSuchTarget):
+            inject_once(target.pid)
+        sleeps_again(target, SLEEP / 20)
+        assert time.monotonic() < began + 20 * SLEEP / 1000
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) in timed_out(call)
+    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP + 200 * SLOWER
+
+
+@pytest.mark.parametrize("call", IN_A_REGISTER)
+def test_a_timeout_in_a_register_that_nobody_looks_at_is_made_shorter_by_what_has_passed(
+    victim: START, call: str
+) -> None:
+    target = timed(victim, call, 2 * SLEEP)
+    for _ in range(3):
+        sleeps_again(target, SLEEP / 2)
+        inject_once(target.pid)
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) == (0, 0)
+    assert 2 * SLEEP - 5 <= target.value(3) < 2 * SLEEP + SLEEP / 2
+
+
+def test_a_timeout_in_a_register_that_the_program_may_look_at_is_left_alone(victim: START) -> None:
+    target = timed(victim, "epoll_pwait by itself", SLEEP)
+    sleeps_again(target, SLEEP / 2)
+    inject_once(target.pid)
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(5)) == (0, SLEEP)
+    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP
+
+
+@pytest.mark.parametrize("call", TIMED)
+def test_a_handler_ends_a_wait_with_an_end_even_one_that_restarts_calls(victim: START, call: str) -> None:
+    target = timed(victim, call, FOR_EVER)
+    for _ in range(2):
+        inject_once(target.pid)
+        sleeps_again(target)
     fd, _ = inject_userfaultfd(target.pid, FLAGS, on_stopped=lambda: os.kill(target.pid, signal.SIGUSR2))
     os.close(fd)
     assert target.popen.wait(10) == 0
@@ -544,19 +616,14 @@ def test_a_call_goes_to_the_registers_that_the_architecture_says(name: str) -> N
     assert arch.result_of(registers) == -errno.EPERM
 
 
-def test_only_an_endless_wait_is_made_to_start_again() -> None:
-    arch = ARCHS["x86_64"]
-    for timeout, spared in ((0xFFFFFFFF, True), (1000, False), (0, False)):
-        registers = arch.registers()
-        registers[arch.orig] = 232  # epoll_wait
-        registers[arch.arguments[3]] = timeout
-        registers[arch.result] = (1 << 64) - errno.EINTR
-        assert arch.spare_eintr(registers) is spared
-        assert arch.result_of(registers) == (-ERESTARTNOHAND if spared else -errno.EINTR)
-    registers = arch.registers()
-    registers[arch.orig] = 3  # close
-    registers[arch.result] = (1 << 64) - errno.EINTR
-    assert not arch.spare_eintr(registers)
+def test_only_a_wait_that_failed_is_made_again() -> None:
+    result, number = ARCH.result, ARCH.orig if ARCH.orig >= 0 else ARCH.number
+    for call, failed in ((ARCH.sys_close, -errno.EINTR), (next(iter(ARCH.epoll_waits)), -errno.EBADF)):
+        registers = ARCH.registers()
+        registers[number] = call
+        ARCH.set_result(registers, failed)
+        assert spare_eintr(os.getpid(), threading.get_native_id(), registers, None) == ""
+        assert ctypes.c_int64(registers[result]).value == failed
     assert ARCH.name == platform.machine()
     assert ERRORS == 0
 
