@@ -209,6 +209,10 @@ class ImagesDirInUse(ImagesError):
     """The directory meant for a new dump already holds images."""
 
 
+class ImagesOutOfReach(ImagesError):
+    """Images, or those that they stand on, are not within the reach of the user as whom CRIU would restore them."""
+
+
 class NotInImages(ImagesError):
     """The images dir holds nothing of this process, or of this shared memory segment."""
 

@@ -84,6 +84,7 @@ class Arch:
     alignment: int
 
     sys_close: int
+    sys_setgroups: int
     sys_getpid: int
     sys_ioctl: int
     sys_ptrace: int
@@ -180,6 +181,7 @@ _X86_64 = Arch(
     instruction=b"\x0f\x05",
     alignment=1,
     sys_close=3,
+    sys_setgroups=116,
     sys_getpid=39,
     sys_ioctl=16,
     sys_ptrace=101,
@@ -234,6 +236,7 @@ _AARCH64 = Arch(
     instruction=b"\x01\x00\x00\xd4",
     alignment=4,
     sys_close=57,
+    sys_setgroups=159,
     sys_getpid=172,
     sys_ioctl=29,
     sys_ptrace=117,

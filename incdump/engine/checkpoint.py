@@ -153,6 +153,8 @@ async def checkpoint(
 class CheckpointRun(DumpRun):
     """One checkpoint, from its checks to its result."""
 
+    _restorable = True
+
     def __init__(
         self,
         pid: int,

@@ -31,11 +31,12 @@ from incdump.engine.page_server_session import open_session
 from incdump.engine.parent import Parent
 from incdump.engine.pipeline import Pipeline
 from incdump.engine.process import Means, ProcessDump, Warn
+from incdump.engine.reach import refuse_out_of_reach
 from incdump.engine.segments import SegmentDump, find_segments
 from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
-from incdump.errors import TargetExited, TrackerLost
+from incdump.errors import ImagesOutOfReach, TargetExited, TrackerLost
 from incdump.freeze.seize import Freezer
 from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees, runtime_dir
 from incdump.images.images_dir import ImagesDir
@@ -52,6 +53,7 @@ from incdump.proc.pagemap import make_reader
 from incdump.proc.served import refuse_served
 from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
+from incdump.proc.user_namespace import mapped_root, mapped_root_if_any
 from incdump.tracking import content, soft_dirty
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from incdump.holder.client import Keeper
     from incdump.images.proved import ProvedChain
     from incdump.model.hot import HotPages
+    from incdump.model.owner import MappedRoot
     from incdump.proc.tree import Task
 
 Kind = Literal["pre-dump", "dump"]
@@ -130,6 +133,9 @@ async def _with_holder(
 class DumpRun:
     """One dump, from its checks to its result."""
 
+    _restorable = False
+    """Whether what is dumped is to be restored from these images: no other could do it."""
+
     def __init__(
         self,
         kind: Kind,
@@ -164,6 +170,7 @@ class DumpRun:
         self._gone: list[int] = []
         self._may_share: set[int] = set()
         self._sharing: dict[int, int] = {}
+        self._owner: MappedRoot | None = None
         self._sending: ServerSession | None = None
         self._images: NewImagesDir | None = None
         self._freezer: Freezer | None = None
@@ -179,6 +186,7 @@ class DumpRun:
         began = time.monotonic_ns()
         self._tell("checking")
         self._root = await in_thread(check_target, self._pid)
+        self._owner = await in_thread(mapped_root if self._restorable else mapped_root_if_any, self._pid)
         await in_thread(keep_holder_out_of_trees)
         self._tracker, self._reason = await in_thread(choose, self._options.tracker)
         self._reader = await in_thread(make_reader, self._options.pagemap)
@@ -210,7 +218,22 @@ class DumpRun:
         return self._result(self._images)
 
     def _make_images_dir(self) -> None:
-        self._images = NewImagesDir.create(self._path, self._parent_text)
+        owner = None if self._owner is None else self._owner.uid
+        self._images = NewImagesDir.create(self._path, self._parent_text, owner)
+
+    def _check_reach(self, images: NewImagesDir) -> None:
+        """Make sure that what is dumped here can be restored from here.
+
+        :raises incdump.errors.ImagesOutOfReach: it cannot, and is to be.
+        """
+        if self._owner is None or self._options.page_server is not None:
+            return
+        try:
+            refuse_out_of_reach(images.path, self._owner, self._pid)
+        except ImagesOutOfReach as error:
+            if self._restorable:
+                raise
+            self._warn(f"{error}; no checkpoint that stands on this dump can be restored else")
 
     async def _dump_into(self, images: NewImagesDir) -> None:
         if self._options.page_server is not None:
@@ -220,6 +243,7 @@ class DumpRun:
             is_there = None if self._sending is None else self._sending.has_parent
             self._parent = await in_thread(Parent, images.parent, self._boot_id, is_there, self._proved)
             self._parent.check_root(self._root)
+        await in_thread(self._check_reach, images)
         self._means = self._make_means(images)
         if self._tracker == soft_dirty.NAME and not (await in_thread(kerndat.sees_moves)):
             self._warn(f"tracker soft-dirty: {kerndat.soft_dirty_moves().why}: such a move goes unseen")

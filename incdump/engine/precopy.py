@@ -25,6 +25,7 @@ from incdump.criu.options import refuse_scripts_in_files
 from incdump.criu.program import find
 from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
+from incdump.engine.reach import refuse_shut
 from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
@@ -36,6 +37,7 @@ from incdump.model.hot import HotPages
 from incdump.model.options import DumpOptions
 from incdump.model.precopy import Decision, Freeze, PrecopyPolicy, PrecopyRound, estimate, should_stop
 from incdump.proc.limits import names_limits
+from incdump.proc.user_namespace import mapped_root
 from incdump.tracking import soft_dirty
 
 if TYPE_CHECKING:
@@ -218,10 +220,12 @@ class Loop:
 
         :raises incdump.errors.CriuError: the last dump wants CRIU, and there is none, or it would run an action script
             too early: no round is made.
+        :raises incdump.errors.ImagesOutOfReach: nor could be restored what it makes.
         """
         if self.ends_in_checkpoint:
             await in_thread(find, criu)
             await in_thread(refuse_scripts_in_files, criu_options)
+            await in_thread(self._refuse_shut)
         self._began = time.monotonic()
         decision = None
         while decision is None or decision.verdict not in ("stop", "cancel"):
@@ -232,6 +236,12 @@ class Loop:
                 yield self.result.rounds[-1], decision
         await self._conclude(decision, criu, criu_options)
         self._took()
+
+    def _refuse_shut(self) -> None:
+        """:raises incdump.errors.IncdumpError: the checkpoint that comes last could not be restored."""
+        root = mapped_root(self._pid)
+        if root is not None and self._options.page_server is None:
+            refuse_shut(self._path, root, self._pid)
 
     async def _step(self) -> Decision:
         """The next round, if there is time for it, and what is to be done after it."""

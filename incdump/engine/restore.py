@@ -20,6 +20,7 @@ import anyio
 from incdump.criu.gate import Gate
 from incdump.criu.options import take_scripts
 from incdump.criu.program import failure, find
+from incdump.engine.reach import check_readable
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError
 from incdump.images.core import has_registers
@@ -70,6 +71,7 @@ async def restore(
     check_page_size()
     program = await in_thread(find, criu)
     images = await in_thread(prove, images_dir)
+    await in_thread(check_readable, images)
     with tempfile.TemporaryDirectory(prefix="incdump-restore-") as place:
         pid_path = Path(place) / "pid"
         command = _command(program, images, pid_path)
@@ -125,9 +127,11 @@ class HeldRestore:
         """Restore all but the running.
 
         :raises incdump.errors.CriuError: CRIU failed. Nothing is left of the tree.
+        :raises incdump.errors.ImagesOutOfReach: it could not open the images: nothing was started.
         :raises incdump.errors.ProcMismatch: /proc is another pid namespace's: nothing was started.
         """
         check_own_proc()  # `_end_remains` sends signals by numbers that were read there
+        await in_thread(check_readable, self._images)
         # Among the images, from where programs can be executed if they can be at all.
         self._place = tempfile.TemporaryDirectory(prefix="criu-restore-", dir=self._images)
         options, scripts = take_scripts(self._options)

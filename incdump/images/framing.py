@@ -46,6 +46,7 @@ class Magic(IntEnum):
     FILES = 0x56303138
     MEMFD = 0x48453499
     STATS = 0x57093306
+    USERNS = 0x55474906
 
 
 _LEADING: dict[Magic, tuple[int, ...]] = {Magic.INVENTORY: (), Magic.STATS: (SERVICE_MAGIC,)}
@@ -174,18 +175,20 @@ def write_file(
     *,
     dir_fd: int | None = None,
     shown: Path | None = None,
+    owner: int | None = None,
 ) -> None:
     """Create a file, mode 0600, and write it whole.
 
     :param path: its name, relative to `dir_fd` when that is given.
     :param parts: what to write, in order.
     :param shown: the path to name in errors, when `path` is relative.
+    :param owner: see `create_file`.
     :raises FileExistsError: there is one already, which stays as it is.
     :raises ImagesIOError: it cannot be created or written; an incomplete file may be left.
     """
     named = Path(path) if shown is None else shown
     try:
-        fd = create_file(path, dir_fd=dir_fd)
+        fd = create_file(path, dir_fd=dir_fd, owner=owner)
         with os.fdopen(fd, "wb") as file:
             file.writelines(parts)
     except FileExistsError:
@@ -194,10 +197,19 @@ def write_file(
         raise_io_error(error, "write", named)
 
 
-def create_file(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> int:
+def create_file(path: str | os.PathLike[str], *, dir_fd: int | None = None, owner: int | None = None) -> int:
     """Create an empty file, mode 0600, and return its descriptor, open for reading and writing.
 
+    :param owner: the user whose file it is to be; None: the caller's.
     :raises FileExistsError: there is one already.
-    :raises OSError: it cannot be created.
+    :raises OSError: it cannot be created, or given away.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=dir_fd)
+    if owner is not None:
+        try:
+            os.fchown(fd, owner, -1)
+        except BaseException:
+            os.close(fd)
+            os.unlink(path, dir_fd=dir_fd)
+            raise
+    return fd

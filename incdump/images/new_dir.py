@@ -4,6 +4,12 @@ The directory is 0700 and every file 0600, since they hold another process's mem
 directory that holds images is refused, and each file is created with O_EXCL. The order is what makes a dump whole or
 nothing: inventory.img comes last, under another name first, so that a directory without it is an unfinished dump,
 whatever ended it. `NewImagesDir.discard` takes back exactly what was created.
+
+A tree in a user namespace is restored with the rights of that namespace's root, once CRIU has entered it, and with
+those of CRIU's own user, without any privilege, before that. So what is made of such a tree belongs to the former from
+the moment that it is made, and the directory is 0710, its group being the caller's: one that may look for files in it
+by their names, and may read none but `_READ_BEFORE`, which has no memory in it. Directories above it, where they are
+made, are 0711, so that a child finds its parent.
 """
 
 from __future__ import annotations
@@ -37,6 +43,8 @@ _IMAGE_NAME = re.compile(
     r"incdump-(received\.json(\.unfinished)?|hashes-.*)",
     re.DOTALL,
 )
+_READ_BEFORE = re.compile(r"timens-\d+\.img")
+"""What CRIU reads of a tree in a user namespace before that has its maps."""
 
 
 class NewImagesDir:
@@ -49,10 +57,11 @@ class NewImagesDir:
     :ivar parent: the parent images dir, absolute and resolved, or None.
     """
 
-    def __init__(self, path: Path, parent: Path | None) -> None:
+    def __init__(self, path: Path, parent: Path | None, owner: int | None = None) -> None:
         """Not for callers: see `create`."""
         self.path = path
         self.parent = parent
+        self._owner = owner
         self.finished = False
         self._dir_fd = -1
         self._made_dirs: list[Path] = []
@@ -61,19 +70,20 @@ class NewImagesDir:
         self._pages_ids = itertools.count(1)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], parent: str | None = None) -> NewImagesDir:
+    def create(cls, path: str | os.PathLike[str], parent: str | None = None, owner: int | None = None) -> NewImagesDir:
         """Make the directory (and those above it, where missing), or take an existing one that holds no images.
 
         :param path: the directory.
         :param parent: the parent images dir; relative text is taken from `path`, as CRIU does, and becomes the target
             of the ``parent`` link as it is.
+        :param owner: the user whose the images are to be; None: the caller's.
         :raises ImagesDirInUse: there are images in it already.
         :raises BrokenChain: the parent does not exist, or is `path` itself.
         :raises UnfinishedImages: the parent's dump never ended.
         :raises ImagesIOError: the directory cannot be made or written to.
         """
         absolute = Path(os.path.abspath(path))
-        new = cls(absolute, None if parent is None else _check_parent(absolute, parent))
+        new = cls(absolute, None if parent is None else _check_parent(absolute, parent), owner)
         try:
             new._make(parent)
         except OSError as error:
@@ -89,7 +99,12 @@ class NewImagesDir:
         for directory in reversed(missing):
             directory.mkdir(mode=0o700)
             self._made_dirs.append(directory)
+            if self._owner is not None and directory != self.path:
+                directory.chmod(0o711)
         self._dir_fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._owner is not None and missing:
+            os.fchown(self._dir_fd, self._owner, os.getegid())
+            os.fchmod(self._dir_fd, 0o710)
         _refuse_images(self.path, os.listdir(self._dir_fd))
         link = os.readlink(PARENT, dir_fd=self._dir_fd) if self._exists(PARENT) else None
         if link is not None and link != parent:
@@ -99,10 +114,10 @@ class NewImagesDir:
         if parent is not None and link is None:
             os.symlink(parent, PARENT, dir_fd=self._dir_fd)
             self._made_files[PARENT] = None
-        if not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
+        if self._owner is not None or not os.access(self.path, os.W_OK | os.X_OK, effective_ids=True):
             # Said now and not after minutes of scanning.
             probe = ".incdump-probe"
-            os.close(create_file(probe, dir_fd=self._dir_fd))
+            os.close(create_file(probe, dir_fd=self._dir_fd, owner=self._owner))
             os.unlink(probe, dir_fd=self._dir_fd)
 
     def __enter__(self) -> NewImagesDir:
@@ -139,7 +154,7 @@ class NewImagesDir:
     def open_file(self, name: str) -> int:
         """Create a file; see `open_pages`."""
         try:
-            fd = create_file(name, dir_fd=self._dir_fd)
+            fd = create_file(name, dir_fd=self._dir_fd, owner=self._owner)
         except FileExistsError as error:
             raise self._in_use(name) from error
         except OSError as error:
@@ -168,7 +183,8 @@ class NewImagesDir:
         is_ours = name in self._made_files
         self._made_files[name] = None
         try:
-            write_file(name, [data] if isinstance(data, bytes) else data, dir_fd=self._dir_fd, shown=self.path / name)
+            parts = [data] if isinstance(data, bytes) else data
+            write_file(name, parts, dir_fd=self._dir_fd, shown=self.path / name, owner=self._owner)
         except FileExistsError as error:
             if not is_ours:
                 del self._made_files[name]
@@ -235,10 +251,18 @@ class NewImagesDir:
             raise self._in_use(name)
         self._made_files[name] = None
         try:
+            if self._owner is not None:
+                self._give_away(source)
             os.rename(source, name, dst_dir_fd=self._dir_fd)
         except OSError as error:
             del self._made_files[name]
             raise_io_error(error, "take over", source)
+
+    def _give_away(self, path: Path) -> None:
+        assert self._owner is not None
+        os.chown(path, self._owner, os.getegid(), follow_symlinks=False)
+        if _READ_BEFORE.fullmatch(path.name):
+            path.chmod(0o640)
 
     def finish(self, inventory: bytes) -> None:
         """Write inventory.img: from now on the dump is whole.
