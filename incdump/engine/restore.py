@@ -19,7 +19,7 @@ import anyio
 
 from incdump.criu.gate import Gate
 from incdump.criu.options import take_scripts
-from incdump.criu.program import failure, find
+from incdump.criu.program import UMASK, failure, find, own_file
 from incdump.engine.reach import check_readable
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError
@@ -140,7 +140,7 @@ class HeldRestore:
         command += ["--restore-detached", "--action-script", str(self._gate.script)]
         with (
             anyio.CancelScope(shield=True),  # who is cancelled here would never know of it
-            self._pid_path.with_name(STDERR).open("wb") as said,
+            own_file(self._pid_path.with_name(STDERR)) as said,
             starting(),
         ):
             self._process = process = await anyio.open_process(
@@ -148,6 +148,7 @@ class HeldRestore:
                 stdin=None,
                 stdout=None,
                 stderr=said,
+                umask=UMASK,
                 start_new_session=True,  # a Ctrl-C is incdump's to handle: the tree may just be about to run
             )
         looked = 0.0
@@ -256,9 +257,9 @@ async def _run(command: Sequence[str], stderr: Path) -> int:
 
     :param stderr: a file that takes what it says there.
     """
-    with stderr.open("wb") as said, starting():
+    with own_file(stderr) as said, starting():
         opened = await anyio.open_process(
-            as_before(command), stdin=None, stdout=None, stderr=said, start_new_session=False
+            as_before(command), stdin=None, stdout=None, stderr=said, umask=UMASK, start_new_session=False
         )
     async with opened as process:
         try:

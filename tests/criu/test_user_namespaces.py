@@ -13,6 +13,8 @@ import anyio
 import pytest
 
 import incdump
+from incdump.criu.program import find
+from incdump.engine.restore import HeldRestore
 from tests.command import incdump as command
 from tests.command import is_untouched
 from tests.criu.contained import ROOT, ContainedTarget
@@ -258,3 +260,43 @@ def test_a_restore_says_what_is_out_of_reach(open_root: Path) -> None:
         (images / "timens-0.img").chmod(0o640)
         revive(target, images, "incdump")
         target.quit()
+
+
+# --- what CRIU writes at a restore ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["at once", "held"])
+@in_own_namespaces
+def test_what_a_restore_writes_is_its_owners_alone(open_root: Path, held: bool) -> None:
+    """From the first moment, in a directory that all may read, whatever the caller's umask is."""
+    images = open_root / "images"
+    images.mkdir()
+    images.chmod(0o755)
+    script = open_root / "look"  # which CRIU calls before it has restored anything, and again at the end
+    script.write_text(f"#!/bin/sh\nls -l {images} | grep restore >> {open_root}/seen\n")
+    script.chmod(0o700)
+    with ContainedTarget(open_root, seed=11) as target:
+        checkpoint(target, images)
+        os.umask(0)
+        options = (*target.restore_options, "--action-script", str(script))
+        if held:
+            target.restored(anyio.run(_restore_held, images, options, target.pid))
+        else:
+            run = partial(incdump.restore, images, criu=str(criu_path()), criu_options=options)
+            target.restored(anyio.run(run).pid)
+        target.check()
+        written = {path.name: path.stat().st_mode & 0o777 for path in images.iterdir() if "restore" in path.name}
+        assert written == {"criu-restore.log": 0o600, "stats-restore": 0o600}
+        seen = (open_root / "seen").read_text().splitlines()
+        assert len(seen) > 1
+        assert {line.split()[0] for line in seen} <= {"-rw-------", "drwx------"}
+        target.quit()
+
+
+async def _restore_held(images: Path, options: tuple[str, ...], pid: int) -> int:
+    restored = HeldRestore(images, find(str(criu_path())), options, pid)
+    try:
+        await restored.until_ready()
+        return (await restored.go()).pid
+    finally:
+        await restored.close()
