@@ -63,7 +63,7 @@ class Checkpoints:
             self.pid,
             images,
             parent=f"../{nth - 1}" if nth else None,
-            options=incdump.DumpOptions(afterwards="running"),
+            options=incdump.DumpOptions(afterwards="running", track_for=3600),  # for the next one to build on
             criu=self.criu,
         )
         self.made.append(images)

@@ -4,19 +4,20 @@ report."""
 from __future__ import annotations
 
 import sys
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from incdump.cli.completion import directories, files, parents, processes
-from incdump.cli.durations import DURATION
+from incdump.cli.durations import DURATION, DURATION_OR_NONE
 from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
 from incdump.cli.target import TargetPid
 from incdump.cli.tls import take_tls, tls_options
-from incdump.model.options import COMPRESSIONS, PAGEMAPS, PROTOCOLS, TRACKERS, DumpOptions, default_writers
+from incdump.model.options import COMPRESSIONS, PAGEMAPS, PROTOCOLS, TRACK_FOR, TRACKERS, DumpOptions, default_writers
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from incdump.model.options import Afterwards, CompressionName, ProtocolName
     from incdump.model.stats import DumpResult, DumpStats
 
+_DAY = 86400
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
 stall_timeout_option = click.option(
@@ -35,6 +37,14 @@ stall_timeout_option = click.option(
     metavar="TIME",
     show_default=True,
     help="How long the target may stand still while nothing gets done; it is let run on then, and the dump fails.",
+)
+
+track_for_option = click.option(
+    "--track-for",
+    type=DURATION_OR_NONE,
+    metavar="TIME",
+    show_default="1h after a pre-dump, 0s after a dump",
+    help="How long the target's writes stay tracked, for a dump on top of this one. Each dump says it anew.",
 )
 
 _TARGET_OPTIONS = (
@@ -98,7 +108,8 @@ _DUMP_OPTIONS = (
         help="How long to wait for every thread to stop.",
     ),
     stall_timeout_option,
-    click.option("--track-mem", is_flag=True, expose_value=False, hidden=True),  # CRIU's; always on here
+    track_for_option,
+    click.option("--track-mem", is_flag=True, hidden=True),  # CRIU's: a dump on top of this one is to come
     click.option(
         "-o",
         "--log-file",
@@ -169,6 +180,8 @@ def run_dump(
     pagemap: Any,
     writers: int,
     require_incremental: bool,
+    track_for: float | None,
+    track_mem: bool,
     timeout: float,
     stall_timeout: float,
     log_file: str | None,
@@ -204,6 +217,7 @@ def run_dump(
         writers=writers,
         require_incremental=require_incremental,
         afterwards=afterwards,
+        track_for=TRACK_FOR if track_mem and track_for is None else track_for,
         freeze_timeout=timeout,
         stall_timeout=stall_timeout,
         page_server=(address, port) if port is not None else None,
@@ -311,7 +325,22 @@ def facts(kind: Kind, result: DumpResult, afterwards: Afterwards) -> list[Fact]:
         Fact("time in all", time_text(s.total_time)),
         Fact("tracker", result.tracker, result.tracker_reason),
         Fact("pagemap reader", result.pagemap),
+        *_tracked(result),
     ]
+
+
+def _tracked(result: DumpResult) -> list[Fact]:
+    """Until when the target is tracked, which is not without cost to it."""
+    from incdump.cli.text import Fact
+
+    if not result.tracked_for:
+        return []
+    until = time.strftime("%H:%M:%S" if result.tracked_for < _DAY else "%Y-%m-%d %H:%M", _after(result.tracked_for))
+    return [Fact("tracked until", until, "for the next dump; see --track-for, `incdump untrack`")]
+
+
+def _after(seconds: float) -> time.struct_time:
+    return time.localtime(time.time() + seconds)
 
 
 def _exited(result: DumpResult) -> str:

@@ -20,12 +20,14 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
     """A time that is more than nothing, and not for ever; the value is in seconds.
 
     :param bare: whether a number without a unit is a number of seconds.
+    :param zero: whether ``0s`` will do.
     """
 
     name = "time"
 
-    def __init__(self, *, bare: bool = True) -> None:
+    def __init__(self, *, bare: bool = True, zero: bool = False) -> None:
         self.bare = bare
+        self.zero = zero
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Convert the text of an argument, or a default in seconds.
@@ -41,10 +43,11 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         if not match[2] and not self.bare:
             self.fail(f"{text} has no unit: write {text}ms or {text}s", param, ctx)
         seconds = float(match[1]) * _UNITS[match[2]]
-        if not 0 < seconds <= _LONGEST:
+        if not 0 < seconds <= _LONGEST and not (self.zero and seconds == 0):
             self.fail(f"{value!r} is no time that can be waited for: {_HINT}", param, ctx)
         return seconds
 
 
 DURATION = Duration()
+DURATION_OR_NONE = Duration(bare=False, zero=True)
 DOWNTIME = Duration(bare=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Target", ("--tree", "--all", "--against")),
     ("Images", ("--images-dir", "--prev-images-dir", "--require-incremental", "--auto-dedup", "--max-bytes")),
-    ("Tracking and copying", ("--tracker", "--pagemap", "--writers")),
+    ("Tracking and copying", ("--tracker", "--track-for", "--pagemap", "--writers")),
     ("When to stop the target", ("--downtime", "--max-rounds", "--final")),
     ("Limits of time", ("--timeout", "--on-timeout", "--freeze-timeout", "--stall-timeout", "--asking")),
     ("Afterwards", ("--leave-running", "--leave-stopped", "--kill", "--if-unknown")),

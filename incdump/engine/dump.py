@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -36,15 +38,16 @@ from incdump.engine.segments import SegmentDump, find_segments
 from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
-from incdump.errors import ImagesOutOfReach, TargetExited, TrackerLost
+from incdump.errors import ImagesOutOfReach, TargetExited, TargetUnsuitable, TrackerLost
 from incdump.freeze.seize import Freezer
 from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees, runtime_dir
+from incdump.holder.mappings import Growth, Pace
 from incdump.images.images_dir import ImagesDir
 from incdump.images.inventory import encode_dump_inventory, encode_pre_dump_inventory
 from incdump.images.new_dir import INVENTORY, SIDECAR, NewImagesDir
 from incdump.images.stats import encode_stats
 from incdump.model.arguments import check_arguments
-from incdump.model.options import DumpOptions
+from incdump.model.options import TRACK_FOR, DumpOptions
 from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import Identity, boot_id, signal_same
@@ -54,7 +57,7 @@ from incdump.proc.served import refuse_served
 from incdump.proc.sharing import may_share_pages, shares_address_space, sharing_address_space
 from incdump.proc.tree import check_target, process_tree
 from incdump.proc.user_namespace import mapped_root, mapped_root_if_any
-from incdump.tracking import content, soft_dirty
+from incdump.tracking import content, soft_dirty, uffd_wp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -174,6 +177,9 @@ class DumpRun:
         self._sending: ServerSession | None = None
         self._images: NewImagesDir | None = None
         self._freezer: Freezer | None = None
+        self._growth: dict[int, Growth] = {}
+        self._pace = Pace()
+        self._looking = threading.Lock()
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
     def _tell(self, step: str) -> None:
@@ -270,9 +276,31 @@ class DumpRun:
         return break_off
 
     def _report(self) -> None:
-        """Something was done. From any thread."""
+        """Something was done. From any thread.
+
+        :raises incdump.errors.TargetUnsuitable: a process that runs on, and is tracked, has too many mappings by now.
+        """
         if self._freezer is not None:
             self._freezer.report()
+        elif self._looking.acquire(blocking=False):
+            try:
+                if not self._pace.left:
+                    began = time.monotonic()
+                    self._refuse_growth()
+                    hurry = any(growth.is_growing for growth in self._growth.values())
+                    self._pace.took(time.monotonic() - began, hurry=hurry)
+            finally:
+                self._looking.release()
+
+    def _refuse_growth(self) -> None:
+        """The keeper lets go of a process that has too many mappings, but for the time of a dump: that ends."""
+        for pid, growth in list(self._growth.items()):
+            if growth.is_too_large():
+                raise TargetUnsuitable(
+                    f"process {pid} has {growth.count:,} mappings by now: it exchanges them all the time, and tracked "
+                    "ones do not merge; dump it frozen (incdump dump), or with --tracker content",
+                    pid=pid,
+                )
 
     def _undo(self) -> None:
         if self._images is not None:
@@ -285,13 +313,15 @@ class DumpRun:
     def _make_means(self, images: NewImagesDir) -> Means:
         log = soft_dirty.SoftDirtyLog(runtime_dir()) if self._tracker == soft_dirty.NAME else None
         seed = None if self._parent is None else self._parent.seed
+        lasts = self._tracked_for()
         return Means(
             images=images,
             tracker=self._tracker,
             reader=self._reader,
             keeper=self._keeper,
             soft_dirty_log=log,
-            rearm=self._kind == "pre-dump" or self._options.afterwards != "killed",
+            rearm=lasts > 0,
+            lasts=lasts,
             sending=self._sending,
             seed=content.new_seed() if seed is None else seed,
             boot_id=self._boot_id,
@@ -301,6 +331,19 @@ class DumpRun:
             check_incremental=self._check_incremental,
             hot=self._hot,
         )
+
+    def _tracked_for(self) -> float:
+        """Seconds for which what is dumped stays tracked afterwards."""
+        if self._kind == "dump" and self._options.afterwards == "killed":
+            return 0
+        asked = self._options.track_for
+        if asked is None:
+            asked = TRACK_FOR if self._kind == "pre-dump" else 0
+        return self._keeper.lasts(asked)
+
+    def _lasts(self) -> float | None:
+        """The same; None: as long as the keeper."""
+        return self._means.lasts if math.isfinite(self._means.lasts) else None
 
     # -- the two kinds of dump ------------------------------------------------------------------------------------
 
@@ -447,6 +490,8 @@ class DumpRun:
                 self._check_incremental(process)
 
     def _prepare(self, process: ProcessDump) -> None:
+        if self._kind == "pre-dump" and self._tracker == uffd_wp.NAME:
+            self._growth[process.task.pid] = Growth(process.task.pid)
         process.prepare()
         self._check_incremental(process)
 
@@ -460,7 +505,11 @@ class DumpRun:
             why = f"the page server has no parent images of process {process.task.pid}"
         else:
             since = f"what process {process.task.pid} wrote since {self._parent.path}"
-            why = self._parent.why_untold(process.task) or f"the tracker ({self._tracker}) cannot tell {since}"
+            why = f"the tracker ({self._tracker}) cannot tell {since}"
+            if ended := process.tracking_ended or self._parent.tracking_ended:
+                why += f"; {ended}"
+            else:
+                why = self._parent.why_untold(process.task) or why
         if self._options.require_incremental:
             raise TrackerLost(f"{why}; dump without --prev-images-dir", pid=process.task.pid, path=self._parent.path)
         self._warn(f"{why}: all of it is dumped")
@@ -499,10 +548,11 @@ class DumpRun:
 
     def _commit(self) -> None:
         """The images are complete. No await: a cancellation could come between one process and the next."""
-        if self._means.rearm:
-            for process in self._processes.values():
-                if not process.exited:
-                    process.commit(self._generation)
+        for process in self._processes.values():
+            if not process.exited and self._means.rearm:
+                process.commit(self._generation)
+            elif not process.exited and self._options.afterwards != "killed":
+                process.let_go()
         if self._hot is not None:
             told = {process.identity: process.written() for process in self._processes.values()}
             self._hot.note({identity: runs for identity, runs in told.items() if runs is not None})
@@ -519,6 +569,8 @@ class DumpRun:
             "generation": self._generation,
             "hash_seed": self._means.seed,
             "holder": None if holder is None else {"pid": holder.pid, "start_time": holder.start_time},
+            "tracked_for": self._lasts(),
+            "finished": time.time(),
             "processes": {str(p.task.vpid): p.meta(self._generation) for p in alive},
         }
 
@@ -536,6 +588,7 @@ class DumpRun:
             tracker_reason=self._reason,
             pagemap=self._reader.name,
             generation=self._generation,
+            tracked_for=self._lasts() if self._tracker == uffd_wp.NAME else 0,
             incremental=root.incremental,
             stats=self._stats,
             warnings=self._warn.lines,

@@ -18,7 +18,7 @@ from incdump.tracking.content import HashTable
 from incdump.xfer.wire import Image
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from incdump.proc.tree import Task
@@ -55,6 +55,7 @@ class Parent:
         self._processes: dict[str, Any] | None = None if meta is None else meta.get("processes", {})
         self.seed = None if meta is None else meta.get("hash_seed")
         self._holder = _holder(meta, boot_id)
+        self._ended = None if meta is None else _why_tracking_ended(meta)
         self._is_checkpoint = meta is not None and meta.get("kind") == "checkpoint"
 
     def check_root(self, root: Task) -> None:
@@ -128,6 +129,11 @@ class Parent:
             "`incdump untrack`, or was killed (`incdump holder` runs one outside of such)"
         )
 
+    @property
+    def tracking_ended(self) -> str | None:
+        """Why nothing is tracked any more since these images were made; None: it is, or that is not known."""
+        return self._ended
+
     def segment(self, shmem_id: int) -> ParentImages | None:
         """What is known of one shared memory segment."""
         if self._processes is None or not self._images.has("pagemap-shmem", shmem_id):
@@ -158,3 +164,14 @@ def _clock(start_time: int) -> str:
     """A start time, in clock ticks since boot, as local time of day."""
     since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - (start_time + boot_offset()) / _TICKS
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() - since_boot))
+
+
+def _why_tracking_ended(meta: Mapping[str, Any]) -> str | None:
+    lasts, finished = meta.get("tracked_for"), meta.get("finished")
+    if not isinstance(lasts, (int, float)) or not isinstance(finished, (int, float)):
+        return None
+    if lasts == 0:
+        return "nothing was tracked after that dump, as it did not say for how long (--track-for)"
+    if time.time() < finished + lasts:
+        return None
+    return f"tracking ended {lasts:g} s after that dump (--track-for)"

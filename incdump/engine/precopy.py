@@ -30,7 +30,7 @@ from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
-from incdump.holder.client import HolderKeeper
+from incdump.holder.client import HolderKeeper, forget
 from incdump.images.proved import ProvedChain
 from incdump.model.arguments import check_arguments
 from incdump.model.hot import HotPages
@@ -152,7 +152,7 @@ class _InTurn:
     def __init__(self, keeper: Keeper, turn: threading.Lock) -> None:
         self._keeper = keeper
         self._turn = turn
-        self.commit, self.close = keeper.commit, keeper.close
+        self.commit, self.close, self.lasts = keeper.commit, keeper.close, keeper.lasts
 
     @property
     def holder(self) -> Identity | None:
@@ -228,13 +228,20 @@ class Loop:
             await in_thread(self._refuse_shut)
         self._began = time.monotonic()
         decision = None
-        while decision is None or decision.verdict not in ("stop", "cancel"):
-            before = len(self.result.rounds)
-            decision = await self._step()
-            self._took()
-            if len(self.result.rounds) > before:
-                yield self.result.rounds[-1], decision
-        await self._conclude(decision, criu, criu_options)
+        is_to_go_on = False
+        try:
+            while decision is None or decision.verdict not in ("stop", "cancel"):
+                before = len(self.result.rounds)
+                decision = await self._step()
+                self._took()
+                if len(self.result.rounds) > before:
+                    yield self.result.rounds[-1], decision
+            await self._conclude(decision, criu, criu_options)
+            is_to_go_on = self._policy.final == "none"
+        finally:
+            if not is_to_go_on and self._options.track_for is None:
+                with anyio.CancelScope(shield=True):
+                    await in_thread(self._end_tracking)
         self._took()
 
     def _refuse_shut(self) -> None:
@@ -242,6 +249,12 @@ class Loop:
         root = mapped_root(self._pid)
         if root is not None and self._options.page_server is None:
             refuse_shut(self._path, root, self._pid)
+
+    def _end_tracking(self) -> None:
+        """The loop is over, and nobody has asked for more. Blocks."""
+        if self._last is not None:
+            with suppress(IncdumpError):
+                forget(self._last.pids)
 
     async def _step(self) -> Decision:
         """The next round, if there is time for it, and what is to be done after it."""

@@ -56,6 +56,7 @@ class Means:
 
     :ivar tracker: ``"uffd-wp"``, ``"soft-dirty"`` or ``"content"``.
     :ivar rearm: whether another dump may follow.
+    :ivar lasts: seconds for which the processes stay tracked after this one.
     :ivar sending: the session with the page server that is to have the pages; None if the images dir is.
     :ivar seed: of the content hashes of this chain.
     :ivar boot_id: of the running kernel.
@@ -72,6 +73,7 @@ class Means:
     keeper: Keeper
     soft_dirty_log: SoftDirtyLog | None
     rearm: bool
+    lasts: float
     sending: ServerSession | None
     seed: int
     boot_id: str
@@ -362,6 +364,15 @@ class ProcessDump:
     def commit(self, generation: str) -> None:
         """The images dir is complete. Blocks."""
         self._watch.commit(generation)
+
+    def let_go(self) -> None:
+        """The images dir is complete, and there is to be no dump on top of it. Blocks."""
+        self._watch.let_go()
+
+    @property
+    def tracking_ended(self) -> str | None:
+        """Why tracking ended before this dump; None: it did not, or that is not known."""
+        return self._watch.ended
 
     def give_back(self) -> None:
         """The dump failed: no write may be forgotten. Blocks."""

@@ -256,6 +256,9 @@ class _SessionLoop(Loop):
         self._session = session
         self._proved = session._proved
 
+    def _end_tracking(self) -> None:
+        """It lasts as long as the session."""
+
     async def _predump(self, number: int, options: DumpOptions) -> DumpResult:
         path, keeper = self._path / str(number), self._in_turn(self._session._keeper)
 

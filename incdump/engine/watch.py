@@ -67,7 +67,10 @@ class ParentImages:
 
 
 class Watch:
-    """The tracker's side of one process in one dump."""
+    """The tracker's side of one process in one dump.
+
+    :ivar ended: why its tracking ended before this dump; None: it did not, or that is not known.
+    """
 
     def __init__(self, task: Task, means: Means) -> None:
         self.task = task
@@ -80,6 +83,7 @@ class Watch:
         self._mappings: tuple[str, ...] = ()
         self._frozen = False
         self._since: str | None = None  # the parent's generation, of soft-dirty
+        self.ended: str | None = None
         self._tables: PageTableWatch | None = None
         self._notes: Notes | None = None
 
@@ -144,6 +148,7 @@ class Watch:
 
     def _acquire(self, *, renew: bool) -> None:
         lease = self._lease_without_tracer(renew)
+        self.ended = lease.ended or self.ended
         self._lease, self._round = lease, uffd_wp.UffdWpRound(self.task.pid, lease.uffd, self._pagemap_fd)
         self._means.stats.stopped_time += lease.stopped_us
         if not lease.started and not self._round.is_alive():
@@ -305,10 +310,17 @@ class Watch:
     def commit(self, generation: str) -> None:
         """The images dir is complete: from here on the tracker's answers are about the time since it. Blocks."""
         if self._lease is not None:
-            self._means.keeper.commit(self._lease, self._generation(generation))
+            self._means.keeper.commit(self._lease, self._generation(generation), self._means.lasts)
         elif self._means.tracker == soft_dirty.NAME and self._means.rearm and not self._untrusted:
             self._note_tables(self._generation(generation))
             self._log_soft_dirty(self._generation(generation))
+
+    def let_go(self) -> None:
+        """The images dir is complete, and no dump is to follow: the target is tracked no more. Blocks."""
+        if self._lease is not None:
+            lease = self._lease
+            self._drop_lease()  # the kernel takes the protection off with the last descriptor
+            self._means.keeper.commit(lease, None, 0)
 
     def _generation(self, generation: str) -> str | None:
         return generation if self._means.rearm and self._suspect is None else None

@@ -11,18 +11,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import select
 import socket
 import struct
-import subprocess
-import sys
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from incdump import errors
-from incdump.holder import wire
+from incdump.holder import huge_pages, wire
+from incdump.holder.mappings import Growth, Pace
+from incdump.holder.start import await_first_process, spawn
 from incdump.holder.waiting import await_readable
 from incdump.proc.identity import (
     HOLDER_COMM,
@@ -49,8 +51,6 @@ _FORGOTTEN_AT_ONCE = 4000
 _END_TIMEOUT = 2.0
 _CONNECT_TIMEOUT = 2
 
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 
 @dataclass(slots=True)
 class Lease:
@@ -60,6 +60,7 @@ class Lease:
     :ivar generation: of the last committed dump; None when tracking has just started, or the last dump was lost.
     :ivar started: tracking began with this lease.
     :ivar stopped_us: for how long one thread of the target was stopped for that, microseconds.
+    :ivar ended: why tracking ended before; None if it did not, or that is not known.
     """
 
     pid: int
@@ -68,6 +69,7 @@ class Lease:
     generation: str | None
     started: bool
     stopped_us: int
+    ended: str | None = None
 
     def close(self) -> None:
         """Close this program's descriptor; the keeper has its own."""
@@ -90,31 +92,17 @@ class Keeper(Protocol):
         :raises incdump.errors.HolderError: somebody else is dumping it, or the holder cannot be reached.
         """
 
-    def commit(self, lease: Lease, generation: str | None) -> None:
-        """End a loan: the images of this generation are complete (or: the pages that were taken are given back)."""
+    def lasts(self, asked: float) -> float:
+        """For how long tracking lasts after a dump that asks for so many seconds; endless: as long as the keeper."""
+
+    def commit(self, lease: Lease, generation: str | None, lasts: float | None = None) -> None:
+        """End a loan: the images of this generation are complete (or: the pages that were taken are given back).
+
+        :param lasts: seconds for which tracking goes on; 0: it ends now. None: as was said before.
+        """
 
     def close(self) -> None:
         """End every loan that was not committed; their generations are lost."""
-
-
-def _spawn(
-    module: str, arguments: list[str], pass_fds: tuple[int, ...], log: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    """Start a module of this package with nothing but the standard library, as fast as Python can start.
-
-    :param log: descriptor for what it may have to say before it dies.
-    """
-    code = f"import sys; sys.path.insert(0, {_PACKAGE_ROOT!r}); from {module} import main; main()"
-    with starting():
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            pass_fds=pass_fds,
-            start_new_session=True,
-            cwd="/",
-        )
 
 
 def _raise_refusal(answer: dict[str, Any], pid: int | None) -> None:
@@ -317,12 +305,12 @@ def _start_holder() -> None:
     try:
         with ours:
             with theirs:
-                child = _spawn("incdump.holder.server", [path, str(theirs.fileno())], (theirs.fileno(),), log)
+                child = spawn("incdump.holder.server", [path, str(theirs.fileno())], (theirs.fileno(),), log)
             try:
                 await_readable(ours, START_TIMEOUT)
                 mine = ours.recv(4096)
             finally:
-                _await_first_process(child)
+                await_first_process(child)
             if not mine:
                 raise errors.HolderError("the holder process does not start; run `incdump doctor`")
             os.rename(mine, path)
@@ -331,15 +319,6 @@ def _start_holder() -> None:
         raise errors.HolderError("the holder process does not start; run `incdump doctor`") from error
     finally:
         os.close(log)
-
-
-def _await_first_process(child: subprocess.Popen[bytes]) -> None:
-    """The holder's first process ends once it has forked; one that has not got so far is ended."""
-    try:
-        child.wait(1.0)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
 
 
 def ask(
@@ -411,13 +390,19 @@ class HolderKeeper:
             answer, fds = ask(self._sock, question, pid, (pidfd,))
         finally:
             os.close(pidfd)
-        return Lease(pid, start_time, fds[0], answer["generation"], answer["started"], answer["stopped_us"])
+        told = answer["generation"], answer["started"], answer["stopped_us"], answer["ended"]
+        return Lease(pid, start_time, fds[0], *told)
 
-    def commit(self, lease: Lease, generation: str | None) -> None:
+    def lasts(self, asked: float) -> float:
+        """See `Keeper.lasts`."""
+        return asked
+
+    def commit(self, lease: Lease, generation: str | None, lasts: float | None = None) -> None:
         """See `Keeper.commit`; a target that exited meanwhile is no error."""
         if self._sock is None:
             return
         question = {"do": "commit", "pid": lease.pid, "start_time": lease.start_time, "generation": generation}
+        question["lasts"] = lasts
         with contextlib.suppress(errors.HolderError):
             ask(self._sock, question, lease.pid)
 
@@ -428,15 +413,31 @@ class HolderKeeper:
             self._sock = None
 
 
+@dataclass(slots=True)
+class _Held:
+    """One process that `OwnKeeper` keeps track of."""
+
+    uffd: int
+    generation: str | None
+    growth: Growth
+    huge_pages: huge_pages.Ranges
+
+
 class OwnKeeper:
-    """Keeps userfaultfds in this program: for a session, or a loop inside one program. Any thread may `close` it."""
+    """Keeps userfaultfds in this program: for a session, or a loop inside one program. Any thread may `close` it.
+
+    A thread looks at the number of mappings of what it keeps, and lets go of processes that have too many
+    (`incdump.holder.mappings`).
+    """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, int], tuple[int, str | None]] = {}
+        self._held: dict[tuple[int, int], _Held] = {}
         self._busy: set[tuple[int, int]] = set()
-        self._closed = False
+        self._ended: dict[tuple[int, int], str] = {}
+        self._closed = threading.Event()
         self._lock = threading.Lock()  # never held for long
         self.holder = None
+        self._watcher: threading.Thread | None = None
 
     def acquire(self, pid: int, start_time: int, *, renew: bool = False) -> Lease:
         """See `Keeper.acquire`.
@@ -450,35 +451,47 @@ class OwnKeeper:
                     f"another dump of process {pid} is under way in this session", pid=pid, errno=16
                 )
             started, stopped = renew or key not in self._held, 0
-            held = [uffd for uffd, _ in self._held.values()]
+            held = [each.uffd for each in self._held.values()]
         if started:
+            growth, huge = Growth(pid), huge_pages.find(pid)
+            if growth.is_too_large_to_begin:
+                raise errors.TargetUnsuitable(self._ended.get(key, growth.why_not), pid=pid)
             fresh, stopped = _make_uffd_apart(pid, start_time, held)
-            self._keep(key, fresh)
+            self._keep(key, _Held(fresh, None, growth, huge))
         with self._lock:
             if key not in self._held:
                 raise errors.HolderError("the session was closed while it dumped", pid=pid)
-            uffd, generation = self._held[key]
-            duplicate = fcntl.fcntl(uffd, fcntl.F_DUPFD_CLOEXEC, 0)
-            self._held[key] = (uffd, None)
+            mine = self._held[key]
+            duplicate = fcntl.fcntl(mine.uffd, fcntl.F_DUPFD_CLOEXEC, 0)
+            generation, mine.generation = mine.generation, None
             self._busy.add(key)
-        return Lease(pid, start_time, duplicate, generation, started, stopped)
+            ended = self._ended.pop(key, None)
+        return Lease(pid, start_time, duplicate, generation, started, stopped, ended)
 
-    def _keep(self, key: tuple[int, int], fresh: int) -> None:
+    def _keep(self, key: tuple[int, int], fresh: _Held) -> None:
         """Have a new userfaultfd take the place of the one that is held, if there is one."""
         with self._lock:
-            old, _ = self._held.pop(key, (-1, None))
-            if not self._closed:
-                self._held[key] = (fresh, None)
-            for uffd in (old, fresh if self._closed else -1):
-                if uffd >= 0:
-                    os.close(uffd)
+            old = self._held.pop(key, None)
+            if not self._closed.is_set():
+                self._held[key] = fresh
+                if self._watcher is None:
+                    with starting():
+                        self._watcher = threading.Thread(target=self._watch, name="incdump-mappings", daemon=True)
+                        self._watcher.start()
+            for each in (old, fresh if self._closed.is_set() else None):
+                if each is not None:
+                    os.close(each.uffd)
 
-    def commit(self, lease: Lease, generation: str | None) -> None:
+    def lasts(self, asked: float) -> float:
+        """See `Keeper.lasts`: until this is closed."""
+        return math.inf
+
+    def commit(self, lease: Lease, generation: str | None, lasts: float | None = None) -> None:
         """See `Keeper.commit`."""
         key = (lease.pid, lease.start_time)
         with self._lock:
             if key in self._held:
-                self._held[key] = (self._held[key][0], generation)
+                self._held[key].generation = generation
             self._busy.discard(key)
 
     def release(self) -> None:
@@ -487,15 +500,46 @@ class OwnKeeper:
             self._busy.clear()
             for pid, start_time in list(self._held):
                 if not is_same(Identity(pid, start_time, boot_id())):
-                    os.close(self._held.pop((pid, start_time))[0])
+                    os.close(self._held.pop((pid, start_time)).uffd)
 
     def close(self) -> None:
         """Give up all tracking."""
         with self._lock:
-            self._closed = True
-            while self._held:
-                os.close(self._held.popitem()[1][0])
+            self._closed.set()
+            gone, self._held = self._held, {}
             self._busy.clear()
+        for key, held in gone.items():
+            _end_tracking(key, held)
+
+    def _watch(self) -> None:
+        pace = Pace()
+        while not self._closed.wait(pace.left):
+            began = time.monotonic()
+            with self._lock:
+                idle = [(key, held) for key, held in self._held.items() if key not in self._busy]
+            for key, held in idle:
+                if held.growth.is_too_large():
+                    self._let_go(key, held)
+            pace.took(time.monotonic() - began, hurry=any(held.growth.is_growing for _, held in idle))
+
+    def _let_go(self, key: tuple[int, int], held: _Held) -> None:
+        with self._lock:
+            if key in self._busy or self._held.get(key) is not held:
+                return
+            del self._held[key]
+            self._ended[key] = held.growth.why
+        _end_tracking(key, held)
+
+
+def _end_tracking(key: tuple[int, int], held: _Held) -> None:
+    os.close(held.uffd)
+    if held.huge_pages:
+        with contextlib.suppress(errors.IncdumpError):
+            pidfd = open_identified(*key)
+            try:
+                huge_pages.collapse_apart(pidfd, held.huge_pages)
+            finally:
+                os.close(pidfd)
 
 
 def _make_uffd_apart(pid: int, start_time: int, held: list[int]) -> tuple[int, int]:
@@ -506,7 +550,7 @@ def _make_uffd_apart(pid: int, start_time: int, held: list[int]) -> tuple[int, i
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             arguments = map(str, (pid, pidfd, theirs.fileno(), os.getpid(), *held))
-            helper = _spawn("incdump.holder.oneshot", list(arguments), (pidfd, theirs.fileno()))
+            helper = spawn("incdump.holder.oneshot", list(arguments), (pidfd, theirs.fileno()))
     finally:
         os.close(pidfd)
     with ours:

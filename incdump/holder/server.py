@@ -2,8 +2,9 @@
 
 A userfaultfd's write protection, and with it the knowledge of what was written, lasts as long as somebody holds the
 descriptor. ``incdump predump`` ends after each round, so it leaves the descriptor with this process, as keys are left
-with an ssh-agent. It starts on demand, talks to the same user alone, and ends when its last target has exited or was
-given up with ``incdump untrack``.
+with an ssh-agent. It starts on demand, talks to the same user alone, and ends when its last target has exited, was
+given up with ``incdump untrack``, or has not been dumped for as long as its last dump said (``--track-for``). It lets
+go of a target whose mappings become too many (`incdump.holder.mappings`), and says so at the next dump.
 
 It is also the process that makes the userfaultfd, by running one system call in the target (`incdump.freeze.inject`):
 killing incdump, by whatever signal, never meets the moment in which a register of the target is altered.
@@ -32,9 +33,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from incdump._uapi import userfaultfd as uapi
-from incdump.errors import IncdumpError, TargetExited
+from incdump.errors import IncdumpError, TargetExited, TargetUnsuitable
 from incdump.freeze.inject import Held, inject_userfaultfd
-from incdump.holder import wire
+from incdump.holder import huge_pages, wire
+from incdump.holder.mappings import Growth, Pace
 from incdump.proc.identity import HOLDER_COMM, has_ended, identify, pid_of, read_stat
 from incdump.proc.limits import limit_is_near, limit_of, raise_open_files
 
@@ -64,6 +66,10 @@ class Target:
     :ivar roots: of the trees that it was dumped with: number and start time.
     :ivar generation: of the last dump that was committed; None while a dump is under way, and after one that failed.
     :ivar owner: the connection that acquired it, or None.
+    :ivar until: when its tracking ends, seconds of CLOCK_BOOTTIME; None: no dump of it has been committed yet.
+    :ivar growth: of its mappings.
+    :ivar huge_pages: where it had some when tracking began.
+    :ivar ended: why it is not tracked any more; None: it is. What is left then is this word, for the next dump.
     """
 
     pid: int
@@ -73,13 +79,25 @@ class Target:
     roots: set[tuple[int, int]] = field(default_factory=set)
     generation: str | None = None
     owner: socket.socket | None = field(default=None, repr=False)
+    until: float | None = None
+    growth: Growth | None = field(default=None, repr=False)
+    huge_pages: huge_pages.Ranges = field(default_factory=list, repr=False)
+    ended: str | None = None
+
+    def end_tracking(self) -> None:
+        """Give it up: the kernel takes all write protection off with the last descriptor."""
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
+            huge_pages.collapse_apart(self.pidfd, self.huge_pages)
+        self.huge_pages = []
 
     def close(self) -> None:
-        """Give up tracking: the kernel takes all write protection off with the last descriptor."""
-        for fd in (self.uffd, self.pidfd):
-            if fd >= 0:
-                os.close(fd)
-        self.uffd = self.pidfd = -1
+        """Give up tracking, and all that is known of it."""
+        if self.pidfd >= 0:
+            self.end_tracking()
+            os.close(self.pidfd)
+        self.pidfd = -1
 
 
 def make_tracking_uffd(pid: int, pidfd: int, held: Sequence[Held] = ()) -> tuple[int, int]:
@@ -129,12 +147,14 @@ class Holder:
         self.has_to_end = False
         self.stays = False  # also without targets
         self.spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.pace = Pace()
 
     def run(self) -> None:
         """Serve until there is nothing left to hold."""
         while True:
             idle = not (self.stays or self.targets or self.clients)
-            ready = self.selector.select(self.linger if idle else None)
+            ready = self.selector.select(self.linger if idle else self._until_next_look())
+            self._look_at_targets()
             if idle and not ready and self._may_end():
                 return
             for key, _events in ready:
@@ -156,6 +176,24 @@ class Holder:
         """Give up all tracking."""
         for target in list(self.targets.values()):
             self._remove(target)
+
+    def _until_next_look(self) -> float | None:
+        return self.pace.left if self.targets else None
+
+    def _look_at_targets(self) -> None:
+        """Let go of those whose time is over, or whose mappings have become too many."""
+        if not self.targets or self.pace.left:
+            return
+        began = time.monotonic()
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        for target in [target for target in self.targets.values() if target.owner is None]:
+            if target.until is not None and now >= target.until:
+                self._remove(target)
+            elif target.uffd >= 0 and target.growth is not None and target.growth.is_too_large():
+                target.ended, target.generation, target.growth = target.growth.why, None, None
+                target.end_tracking()
+        hurry = any(target.growth is not None and target.growth.is_growing for target in self.targets.values())
+        self.pace.took(time.monotonic() - began, hurry=hurry)
 
     def _may_end(self) -> bool:
         """Take the lock under which clients look for a holder, and the socket out of their sight; or find one waiting.
@@ -248,9 +286,10 @@ class Holder:
 
     def _drop(self, client: socket.socket) -> None:
         """A client is gone: what it acquired and did not commit is lost, and free for the next."""
-        for target in self.targets.values():
-            if target.owner is client:
-                target.owner = None
+        for target in [target for target in self.targets.values() if target.owner is client]:
+            target.owner = None
+            if target.until is None:  # tracked for nothing
+                self._remove(target)
         self.clients.discard(client)
         self.selector.unregister(client)
         client.close()
@@ -266,16 +305,18 @@ class Holder:
             case "renew":
                 return self._acquire_for(message, client, fds, renew=True)
             case "commit":
-                return self._commit(client, int(message["pid"]), message["generation"]), ()
+                return self._commit(client, int(message["pid"]), message["generation"], message["lasts"]), ()
             case "forget":
                 return self._forget(client, message["pids"], message.get("root")), ()
             case "end":
                 self.has_to_end = True
                 return {"forgotten": list(self.targets)}, ()
             case "list":
-                rows = [
+                rows: list[dict[str, Any]] = [
                     {"pid": t.pid, "start_time": t.start_time, "generation": t.generation, "busy": t.owner is not None}
+                    | {"left": None if t.until is None else t.until - time.clock_gettime(time.CLOCK_BOOTTIME)}
                     for t in self.targets.values()
+                    if t.ended is None
                 ]
                 idle = not self.stays and not rows and self.clients == {client}
                 return {"targets": rows[:500], "count": len(rows), "idle": idle}, ()
@@ -317,14 +358,17 @@ class Holder:
             if target.uffd >= 0:
                 os.close(target.uffd)
                 target.uffd = -1
+            target.growth, target.huge_pages = Growth(pid), huge_pages.find(pid)
             try:
+                if target.growth.is_too_large_to_begin:
+                    raise TargetUnsuitable(target.ended or target.growth.why_not, pid=pid)
                 held = [Held(os.getpid(), other.uffd) for other in self.targets.values() if other.uffd >= 0]
                 target.uffd, stopped = make_tracking_uffd(pid, target.pidfd, held)
             except BaseException:
                 self._remove(target)
                 raise
-        answer = {"generation": target.generation, "started": started, "stopped_us": stopped}
-        target.owner, target.generation = client, None
+        answer = {"generation": target.generation, "started": started, "stopped_us": stopped, "ended": target.ended}
+        target.owner, target.generation, target.ended = client, None, None
         return answer, (target.uffd,)
 
     def _adopt(self, pid: int, start_time: int, pidfd: int) -> Target:
@@ -339,16 +383,21 @@ class Holder:
         self.selector.register(pidfd, selectors.EVENT_READ, lambda _fd: self._remove(target))
         return target
 
-    def _commit(self, client: socket.socket, pid: int, generation: str | None) -> dict[str, Any]:
+    def _commit(self, client: socket.socket, pid: int, generation: str | None, lasts: float | None) -> dict[str, Any]:
         target = self.targets.get(pid)
         if target is None or target.owner is not client:
             return {"error": f"process {pid} is not held for this client", "kind": "HolderError", "errno": None}
         target.owner, target.generation = None, generation
+        if lasts is not None:
+            target.until = time.clock_gettime(time.CLOCK_BOOTTIME) + lasts
+        if target.until is None or lasts == 0:
+            self._remove(target)
         return {}
 
     def _forget(self, client: socket.socket, pids: list[int] | None, root: list[int] | None) -> dict[str, Any]:
         wanted = None if pids is None else set(pids)
         chosen = [t for t in self.targets.values() if wanted is None or t.pid in wanted or _is_of(t, root)]
+        told = [t.pid for t in chosen if t.ended is None]
         busy = [t.pid for t in chosen if t.owner is not None]
         if busy:
             return {"error": f"another incdump is dumping process {busy[0]}", "kind": "HolderError", "errno": 16}
@@ -356,7 +405,7 @@ class Holder:
             self._remove(target)
         ends = not self.stays and not self.targets and self.clients == {client}
         self.linger = 0 if ends else LINGER
-        return {"forgotten": [t.pid for t in chosen], "ends": ends}
+        return {"forgotten": told, "ends": ends}
 
     def _remove(self, target: Target) -> None:
         if self.targets.get(target.pid) is target:

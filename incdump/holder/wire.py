@@ -12,10 +12,11 @@ do         with                                        answer
 =========  ==========================================  ===============================================================
 hello                                                  ``pid`` of the holder, ``version`` of this protocol
 acquire    ``pid``, ``start_time``, ``root`` (number   ``generation`` (or null), ``started`` (tracking began now),
-           of its tree's, or null); its pidfd as       ``stopped_us``; the userfaultfd as descriptor
-           descriptor
+           of its tree's, or null); its pidfd as       ``ended`` (why it did before, or null), ``stopped_us``; the
+           descriptor                                  userfaultfd as descriptor
 renew      the same                                    the same, after a new userfaultfd took the old one's place
-commit     ``pid``, ``start_time``, ``generation``     nothing; the target is free for the next client
+commit     ``pid``, ``start_time``, ``generation``,    nothing; the target is free for the next client, and tracked
+           ``lasts`` (seconds, or null)                for so long from now on (null: as long as was said before)
 forget     ``pids`` (or null for all), ``root``        ``forgotten``: list of pids; ``ends``: whether the holder does
            (number, start time; or null): all of its   when this connection has ended
            tree as well
@@ -44,7 +45,7 @@ from typing import Any
 from incdump.holder.waiting import Patience
 from incdump.proc.identity import check_own_proc, has_ended, pid_of
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 65536
 MAX_FDS = 4
 LOCK_TIMEOUT = 30.0

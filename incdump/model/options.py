@@ -23,6 +23,10 @@ COMPRESSIONS: tuple[CompressionName, ...] = ("auto", "off", "lz4")
 PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")
 
 
+TRACK_FOR = 3600.0
+"""Seconds for which a target stays tracked after a pre-dump, unless it is told."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TlsFiles:
     """What TLS with a page server needs, all in PEM, as CRIU's options of the same names.
@@ -64,6 +68,9 @@ class DumpOptions:
     :ivar writers: how many page-xfer writers work side by side.
     :ivar require_incremental: fail with `incdump.TrackerLost` rather than dump everything against a parent.
     :ivar afterwards: what becomes of the tree after a dump; a pre-dump always leaves it running.
+    :ivar track_for: seconds for which the writes of the target stay tracked afterwards, for a dump on top of this one;
+        each dump says it anew. None: an hour after a pre-dump, not at all after a dump. A `incdump.Session` tracks as
+        long as it lasts.
     :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
     :ivar stall_timeout: seconds for which the tree stays frozen while nothing gets done (no page copied, no image
         written): it is let go then, and the dump fails with `incdump.StopStalled`.
@@ -82,6 +89,7 @@ class DumpOptions:
     writers: int = field(default_factory=default_writers)
     require_incremental: bool = False
     afterwards: Afterwards = "running"
+    track_for: float | None = None
     freeze_timeout: float = 10.0
     stall_timeout: float = 30.0
     page_server: tuple[str, int] | None = None
@@ -100,6 +108,7 @@ class DumpOptions:
         check_choice("compression", self.compression, COMPRESSIONS)
         check_count("writers", self.writers, 1, _MOST_WRITERS)
         check_flag("require_incremental", self.require_incremental)
+        check_seconds("track_for", self.track_for, may_be_none=True, may_be_zero=True)
         check_seconds("freeze_timeout", self.freeze_timeout)
         check_seconds("stall_timeout", self.stall_timeout)
         check_seconds("page_server_timeout", self.page_server_timeout)

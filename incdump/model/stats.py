@@ -99,6 +99,7 @@ class DumpResult:
     :ivar tracker_reason: why that one.
     :ivar pagemap: the pagemap reader that was used (``"scan"``, ``"cache"``, ``"plain"``).
     :ivar generation: the generation recorded in the images dir, a hexadecimal text.
+    :ivar tracked_for: seconds for which the target stays tracked (0: it is not; None: as long as its session).
     :ivar incremental: whether the parent was built upon (for the root process).
     :ivar stats: counters and times.
     :ivar warnings: every fallback that was taken, one line each.
@@ -115,6 +116,7 @@ class DumpResult:
     tracker_reason: str = ""
     pagemap: str = ""
     generation: str = ""
+    tracked_for: float | None = 0
     incremental: bool = False
     stats: DumpStats = field(default_factory=DumpStats)
     warnings: list[str] = field(default_factory=list)
