@@ -47,6 +47,15 @@ track_for_option = click.option(
     help="How long the target's writes stay tracked, for a dump on top of this one. Each dump says it anew.",
 )
 
+wait_for_lazy_option = click.option(
+    "--wait-for-lazy",
+    type=DURATION_OR_NONE,
+    default="0s",
+    metavar="TIME",
+    show_default=True,
+    help="How long to wait for pages that another program has yet to supply (a lazy restore), before anything is done.",
+)
+
 _TARGET_OPTIONS = (
     click.option(
         "-t",
@@ -108,6 +117,7 @@ _DUMP_OPTIONS = (
         help="How long to wait for every thread to stop.",
     ),
     stall_timeout_option,
+    wait_for_lazy_option,
     track_for_option,
     click.option("--track-mem", is_flag=True, hidden=True),  # CRIU's: a dump on top of this one is to come
     click.option(
@@ -184,6 +194,7 @@ def run_dump(
     track_mem: bool,
     timeout: float,
     stall_timeout: float,
+    wait_for_lazy: float,
     log_file: str | None,
     afterwards: Afterwards = "running",
     page_server: bool = False,
@@ -220,6 +231,7 @@ def run_dump(
         track_for=TRACK_FOR if track_mem and track_for is None else track_for,
         freeze_timeout=timeout,
         stall_timeout=stall_timeout,
+        wait_for_lazy=wait_for_lazy,
         page_server=(address, port) if port is not None else None,
         page_server_protocol=protocol,
         compression=compression,

@@ -17,7 +17,10 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Images", ("--images-dir", "--prev-images-dir", "--require-incremental", "--auto-dedup", "--max-bytes")),
     ("Tracking and copying", ("--tracker", "--track-for", "--pagemap", "--writers")),
     ("When to stop the target", ("--downtime", "--max-rounds", "--final")),
-    ("Limits of time", ("--timeout", "--on-timeout", "--freeze-timeout", "--stall-timeout", "--asking")),
+    (
+        "Limits of time",
+        ("--timeout", "--on-timeout", "--freeze-timeout", "--stall-timeout", "--wait-for-lazy", "--asking"),
+    ),
     ("Afterwards", ("--leave-running", "--leave-stopped", "--kill", "--if-unknown")),
     ("CRIU", ("--restore", "--criu", "--way", "--restore-detached", "--pidfile")),
     ("Hook", ("--hook", "--hook-timeout")),

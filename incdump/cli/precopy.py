@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from incdump.cli.dumping import stall_timeout_option, target_options
+from incdump.cli.dumping import stall_timeout_option, target_options, wait_for_lazy_option
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -53,6 +53,7 @@ Examples:
 @click.option("--kill", is_flag=True, help="Kill it once the last images are complete.")
 @freeze_timeout_option
 @stall_timeout_option
+@wait_for_lazy_option
 @report_option
 @criu_arguments
 @json_option

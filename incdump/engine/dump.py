@@ -38,7 +38,7 @@ from incdump.engine.segments import SegmentDump, find_segments
 from incdump.engine.tasks import first_cause
 from incdump.engine.threads import in_thread
 from incdump.engine.trackers import choose
-from incdump.errors import ImagesOutOfReach, TargetExited, TargetUnsuitable, TrackerLost
+from incdump.errors import ImagesOutOfReach, LazyMemory, TargetExited, TargetUnsuitable, TrackerLost
 from incdump.freeze.seize import Freezer
 from incdump.holder.client import HolderKeeper, keep_holder_out_of_trees, runtime_dir
 from incdump.holder.mappings import Growth, Pace
@@ -51,6 +51,7 @@ from incdump.model.options import TRACK_FOR, DumpOptions
 from incdump.model.runs import PAGE_SIZE, empty_runs
 from incdump.model.stats import DumpResult, DumpStats
 from incdump.proc.identity import Identity, boot_id, signal_same
+from incdump.proc.lazy_memory import check_tree_supplied
 from incdump.proc.limits import names_limits
 from incdump.proc.pagemap import make_reader
 from incdump.proc.served import refuse_served
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["pre-dump", "dump"]
 
+_LAZY_POLL = 0.2
+"""Seconds between two looks whether pages that are to come have come."""
 _LOOKING_AHEAD = 2
 """Processes that are looked at side by side before the freeze; nearly all of it is the kernel's work."""
 
@@ -194,6 +197,8 @@ class DumpRun:
         self._root = await in_thread(check_target, self._pid)
         self._owner = await in_thread(mapped_root if self._restorable else mapped_root_if_any, self._pid)
         await in_thread(keep_holder_out_of_trees)
+        if self._options.wait_for_lazy:
+            await self._wait_for_lazy(time.monotonic() + self._options.wait_for_lazy)
         self._tracker, self._reason = await in_thread(choose, self._options.tracker)
         self._reader = await in_thread(make_reader, self._options.pagemap)
         self._boot_id = boot_id()
@@ -222,6 +227,17 @@ class DumpRun:
                     await in_thread(self._undo)
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(self._images)
+
+    async def _wait_for_lazy(self, deadline: float) -> None:
+        """While the tree runs, another program supplies the pages that are still to come."""
+        while True:
+            try:
+                return await in_thread(check_tree_supplied, self._pid)
+            except LazyMemory:
+                if time.monotonic() > deadline:
+                    raise
+            self._tell("waiting for lazy pages")
+            await anyio.sleep(_LAZY_POLL)
 
     def _make_images_dir(self) -> None:
         owner = None if self._owner is None else self._owner.uid

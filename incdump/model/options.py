@@ -71,6 +71,8 @@ class DumpOptions:
     :ivar track_for: seconds for which the writes of the target stay tracked afterwards, for a dump on top of this one;
         each dump says it anew. None: an hour after a pre-dump, not at all after a dump. A `incdump.Session` tracks as
         long as it lasts.
+    :ivar wait_for_lazy: seconds to wait for pages that another program has yet to supply (a lazy restore); 0: a dump
+        fails at once where there are some.
     :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
     :ivar stall_timeout: seconds for which the tree stays frozen while nothing gets done (no page copied, no image
         written): it is let go then, and the dump fails with `incdump.StopStalled`.
@@ -90,6 +92,7 @@ class DumpOptions:
     require_incremental: bool = False
     afterwards: Afterwards = "running"
     track_for: float | None = None
+    wait_for_lazy: float = 0
     freeze_timeout: float = 10.0
     stall_timeout: float = 30.0
     page_server: tuple[str, int] | None = None
@@ -109,6 +112,7 @@ class DumpOptions:
         check_count("writers", self.writers, 1, _MOST_WRITERS)
         check_flag("require_incremental", self.require_incremental)
         check_seconds("track_for", self.track_for, may_be_none=True, may_be_zero=True)
+        check_seconds("wait_for_lazy", self.wait_for_lazy, may_be_zero=True)
         check_seconds("freeze_timeout", self.freeze_timeout)
         check_seconds("stall_timeout", self.stall_timeout)
         check_seconds("page_server_timeout", self.page_server_timeout)

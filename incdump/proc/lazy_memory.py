@@ -8,17 +8,32 @@ not present is not untouched: its contents are elsewhere. A dump without them wo
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from incdump.errors import LazyMemory
+from incdump.errors import LazyMemory, NoSuchTarget, TargetExited
 from incdump.model.runs import canonical, page_count, subtract
 from incdump.model.vmas import VmaFlag
+from incdump.proc.maps import read_vmas
 from incdump.proc.pagemap import make_reader
+from incdump.proc.tree import process_tree
 
 if TYPE_CHECKING:
     from incdump.model.vmas import VmaTable
+
+
+def check_tree_supplied(root: int) -> None:
+    """The same for every process of a tree, with its mappings read anew. Blocks.
+
+    :raises LazyMemory: some are.
+    :raises NoSuchTarget: there is no such root.
+    """
+    for task in process_tree(root):
+        if task.state != "Z":
+            with suppress(TargetExited, NoSuchTarget):
+                check_supplied(task.pid, read_vmas(task.pid, flags=True))
 
 
 def check_supplied(pid: int, vmas: VmaTable) -> None:

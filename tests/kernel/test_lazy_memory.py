@@ -72,6 +72,27 @@ async def test_a_dump_fails_by_name_until_they_are_supplied(
 
 
 @pytest.mark.asyncio
+async def test_a_dump_waits_for_them_where_it_is_asked_to(images_root: Path) -> None:
+    require_root()
+    with victim(LAZY.format(sharing="MAP_PRIVATE")) as target:
+        waits = DumpOptions(wait_for_lazy=0.5, afterwards="stopped")
+        with pytest.raises(incdump.LazyMemory):
+            await incdump.dump(target.pid, images_root / "1", options=waits)
+        steps: list[str] = []
+
+        def supply(step: str, _stats: object) -> None:
+            if step == "waiting for lazy pages" and step not in steps:
+                target.go_and_listen()
+            steps.append(step)
+
+        waits = DumpOptions(wait_for_lazy=60, afterwards="stopped")
+        await incdump.dump(target.pid, images_root / "1", options=waits, progress=supply)
+        assert "waiting for lazy pages" in steps
+        report = await incdump.check_against(images_root / "1", target.pid)
+        assert report.ok, report
+
+
+@pytest.mark.asyncio
 async def test_a_comparison_with_a_process_that_lacks_pages_does_not_call_it_right(images_root: Path) -> None:
     require_root()
     with victim(LAZY.format(sharing="MAP_PRIVATE")) as target:
