@@ -7,6 +7,8 @@
 - Every session has a few huge pages for its targets, and its own ``INCDUMP_RUNTIME_DIR`` (where the holder's socket
   is); it fails if a process that it started, directly or not, is left at the end.
 - No test leaves a userfaultfd open.
+- `rng`: for a test that does things at random; its seed is in the output, ``--seed N`` has it again. `times`: how often
+  such a test does them; with ``--long`` ten times as often.
 - ``INCDUMP_REQUIRE_ALL=1`` turns skipped tests into failures (tests/require_all.py).
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import tempfile
 import time
@@ -47,6 +50,40 @@ def _take_signals() -> None:
 
 
 _take_signals()
+
+LONGER = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`tests/run --long`, `tests/run --seed N`."""
+    parser.addoption("--long", action="store_true", help=f"tests that do things at random do {LONGER} times as many")
+    parser.addoption("--seed", type=int, help="the seed of all that is done at random")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> int:
+    """Of what a test does at random: said in any case, and on the terminal where it goes on for long."""
+    given: int | None = request.config.getoption("--seed")
+    number = random.SystemRandom().randrange(1, 1 << 30) if given is None else given
+    told = f"{request.node.nodeid}: --seed {number}"
+    if request.config.getoption("--long"):
+        with capsys.disabled():
+            print(f"\n{told}")
+    print(told)
+    return number
+
+
+@pytest.fixture
+def rng(seed: int) -> random.Random:
+    """What a test does at random goes by this."""
+    return random.Random(seed)
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> Callable[[int], int]:
+    """How often a test does something, of which so many are enough in everyday runs."""
+    factor = LONGER if request.config.getoption("--long") else 1
+    return lambda number: number * factor
 
 
 @pytest.fixture(scope="session", autouse=True)

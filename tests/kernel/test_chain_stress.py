@@ -1,8 +1,8 @@
 """Whole chains on a busy, self-checking tree: whatever it does, every page of the last dump is right.
 
 Each seed is a chain: five pre-dumps or more (with a dump among them now and then), a dump that leaves the tree stopped,
-the oracle's verdict on every page, and on it goes. ``INCDUMP_SOAK_SECONDS`` makes `test_soak` as long as one likes; the
-seed of a chain that fails is in its message, ``INCDUMP_SOAK_SEED`` starts with it.
+the oracle's verdict on every page, and on it goes. ``INCDUMP_SOAK_SECONDS`` makes `test_soak` as long as one likes, and
+``--long`` ten times as long; the seed of a chain that fails is in its message, ``--seed`` starts with it.
 """
 
 from __future__ import annotations
@@ -156,16 +156,17 @@ async def _soak(target: Target, root: Path, rng: random.Random, steps: bool, tra
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.asyncio
-async def test_soak(images_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = float(os.environ.get("INCDUMP_SOAK_SECONDS", "15"))
-    seed = int(os.environ.get("INCDUMP_SOAK_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
+async def test_soak(
+    images_root: Path, capsys: pytest.CaptureFixture[str], seed: int, times: Callable[[int], int]
+) -> None:
+    seconds = float(os.environ.get("INCDUMP_SOAK_SECONDS", times(15)))
     first, deadline = seed, time.monotonic() + seconds
     working = [t for t in ("uffd-wp", "uffd-wp", "uffd-wp", "content") if _works(t)]
     rounds = 0
     while seed == first or time.monotonic() < deadline:
         rng, options = _plan(seed)
         tracker, own = rng.choice(working), rng.random() < 0.5
-        told = f"INCDUMP_SOAK_SEED={seed} {options} tracker={tracker} session={own}"
+        told = f"--seed {seed} {options} tracker={tracker} session={own}"
         root = images_root / str(seed)
         try:
             with build.churn(seed=seed, **options) as target:

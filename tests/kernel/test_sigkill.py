@@ -6,7 +6,6 @@ What is killed are the real commands, as processes of their own; the moments are
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -22,14 +21,15 @@ from tests.command import environment
 from tests.kernel.support import Chain, assert_untouched, holder_pid, require_tracker, until
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable
 
     from tests.targets.build import Target
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 
-KILLS = 50
-HOLDER_KILLS = 12
+KILLS = 20
+HOLDER_KILLS = 8
 
 
 class Command:
@@ -109,16 +109,15 @@ def running_again(target: Target) -> None:
 
 
 @pytest.mark.timeout(1200)
-async def test_incdump_killed_at_random_moments(churn: Callable[..., Target], images_root: Path) -> None:
+async def test_incdump_killed_at_random_moments(
+    churn: Callable[..., Target], images_root: Path, rng: random.Random, times: Callable[[int], int]
+) -> None:
     require_tracker("uffd-wp")
-    seed = random.SystemRandom().randrange(1 << 30)
-    rng = random.Random(seed)
-    print(f"seed {seed}")
     target = churn(seed=61, threads=3, processes=2, mib=8, free_run=True, dirty_rate=1500)
     chain = Chain(target, images_root)
     seconds = typical(chain, target)
     killed = whole = 0
-    while killed < KILLS:
+    while killed < times(KILLS):
         where = chain.next_dir()
         command = Command(rng.choice(("predump", "dump")), target.pid, where, chain.last.images_dir)
         if command.ended_within(seconds * rng.uniform(0.25, 1.05)):
@@ -142,16 +141,17 @@ async def test_incdump_killed_at_random_moments(churn: Callable[..., Target], im
 
 @pytest.mark.parametrize("victims", ["holder", "holder and incdump"])
 async def test_the_holder_killed_at_random_moments(
-    churn: Callable[..., Target], images_root: Path, victims: str
+    churn: Callable[..., Target],
+    images_root: Path,
+    rng: random.Random,
+    times: Callable[[int], int],
+    victims: str,
 ) -> None:
     require_tracker("uffd-wp")
-    seed = random.SystemRandom().randrange(1 << 30)
-    rng = random.Random(seed)
-    print(f"seed {seed}")
     target = churn(seed=62, threads=2, processes=2, mib=8, free_run=True, dirty_rate=1500)
     chain = Chain(target, images_root)
     seconds = typical(chain, target)
-    for n in range(HOLDER_KILLS):
+    for n in range(times(HOLDER_KILLS)):
         where = chain.next_dir()
         command = Command(rng.choice(("predump", "dump")), target.pid, where, chain.last.images_dir)
         command.ended_within(seconds * rng.uniform(0.25, 1.05))
