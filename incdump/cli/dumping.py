@@ -17,14 +17,23 @@ from incdump.cli.log import Log
 from incdump.cli.signals import run
 from incdump.cli.target import TargetPid
 from incdump.cli.tls import take_tls, tls_options
-from incdump.model.options import COMPRESSIONS, PAGEMAPS, PROTOCOLS, TRACK_FOR, TRACKERS, DumpOptions, default_writers
+from incdump.model.options import (
+    COMPRESSIONS,
+    PAGEMAPS,
+    PROTOCOLS,
+    THP,
+    TRACK_FOR,
+    TRACKERS,
+    DumpOptions,
+    default_writers,
+)
 from incdump.proc.tree import check_target
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from incdump.cli.text import Fact
-    from incdump.model.options import Afterwards, CompressionName, ProtocolName
+    from incdump.model.options import Afterwards, CompressionName, ProtocolName, ThpName
     from incdump.model.stats import DumpResult, DumpStats
 
 _DAY = 86400
@@ -47,6 +56,14 @@ track_for_option = click.option(
     help="How long the target's writes stay tracked, for a dump on top of this one. Each dump says it anew.",
 )
 
+thp_option = click.option(
+    "--thp",
+    type=click.Choice(THP),
+    default="split",
+    show_default=True,
+    help="Transparent huge pages that are tracked. split: the first write to one splits it, and is told page by page. "
+    "keep: they stay, and each is dumped whole every time.",
+)
 wait_for_lazy_option = click.option(
     "--wait-for-lazy",
     type=DURATION_OR_NONE,
@@ -119,6 +136,7 @@ _DUMP_OPTIONS = (
     stall_timeout_option,
     wait_for_lazy_option,
     track_for_option,
+    thp_option,
     click.option("--track-mem", is_flag=True, hidden=True),  # CRIU's: a dump on top of this one is to come
     click.option(
         "-o",
@@ -192,6 +210,7 @@ def run_dump(
     require_incremental: bool,
     track_for: float | None,
     track_mem: bool,
+    thp: ThpName,
     timeout: float,
     stall_timeout: float,
     wait_for_lazy: float,
@@ -229,6 +248,7 @@ def run_dump(
         require_incremental=require_incremental,
         afterwards=afterwards,
         track_for=TRACK_FOR if track_mem and track_for is None else track_for,
+        thp=thp,
         freeze_timeout=timeout,
         stall_timeout=stall_timeout,
         wait_for_lazy=wait_for_lazy,

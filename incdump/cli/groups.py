@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Target", ("--tree", "--all", "--against")),
     ("Images", ("--images-dir", "--prev-images-dir", "--require-incremental", "--auto-dedup", "--max-bytes")),
-    ("Tracking and copying", ("--tracker", "--track-for", "--pagemap", "--writers")),
+    ("Tracking and copying", ("--tracker", "--track-for", "--thp", "--pagemap", "--writers")),
     ("When to stop the target", ("--downtime", "--max-rounds", "--final")),
     (
         "Limits of time",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.address import PEER
-from incdump.cli.dumping import stall_timeout_option, tree_options, wait_for_lazy_option
+from incdump.cli.dumping import stall_timeout_option, thp_option, tree_options, wait_for_lazy_option
 from incdump.cli.durations import DURATION
 from incdump.cli.invocation import (
     Command,
@@ -86,6 +86,7 @@ Examples:
 @freeze_timeout_option
 @stall_timeout_option
 @wait_for_lazy_option
+@thp_option
 @report_option
 @criu_arguments
 @json_option

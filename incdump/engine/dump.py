@@ -338,6 +338,7 @@ class DumpRun:
             soft_dirty_log=log,
             rearm=lasts > 0,
             lasts=lasts,
+            keeps_huge=self._options.thp == "keep",
             sending=self._sending,
             seed=content.new_seed() if seed is None else seed,
             boot_id=self._boot_id,

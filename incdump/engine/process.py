@@ -57,6 +57,7 @@ class Means:
     :ivar tracker: ``"uffd-wp"``, ``"soft-dirty"`` or ``"content"``.
     :ivar rearm: whether another dump may follow.
     :ivar lasts: seconds for which the processes stay tracked after this one.
+    :ivar keeps_huge: whether huge pages are not to be split.
     :ivar sending: the session with the page server that is to have the pages; None if the images dir is.
     :ivar seed: of the content hashes of this chain.
     :ivar boot_id: of the running kernel.
@@ -74,6 +75,7 @@ class Means:
     soft_dirty_log: SoftDirtyLog | None
     rearm: bool
     lasts: float
+    keeps_huge: bool
     sending: ServerSession | None
     seed: int
     boot_id: str

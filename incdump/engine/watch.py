@@ -104,7 +104,7 @@ class Watch:
         self._frozen = True
         self._reopen()
         if self._lease is not None:
-            self._round = uffd_wp.UffdWpRound(self.task.pid, self._lease.uffd, self._pagemap_fd)
+            self._round = self._new_round(self._lease)
         elif self._means.tracker == uffd_wp.NAME:
             self._untrusted = True
         elif self._means.tracker == soft_dirty.NAME:
@@ -149,7 +149,7 @@ class Watch:
     def _acquire(self, *, renew: bool) -> None:
         lease = self._lease_without_tracer(renew)
         self.ended = lease.ended or self.ended
-        self._lease, self._round = lease, uffd_wp.UffdWpRound(self.task.pid, lease.uffd, self._pagemap_fd)
+        self._lease, self._round = lease, self._new_round(lease)
         self._means.stats.stopped_time += lease.stopped_us
         if not lease.started and not self._round.is_alive():
             self._means.warn(_NEW_ADDRESS_SPACE.format(pid=self.task.pid))
@@ -167,6 +167,9 @@ class Watch:
                 left = patience - time.monotonic()
                 if left <= 0 or not tracer_leaves(pid, left):
                     raise
+
+    def _new_round(self, lease: Lease) -> uffd_wp.UffdWpRound:
+        return uffd_wp.UffdWpRound(self.task.pid, lease.uffd, self._pagemap_fd, keeps_huge=self._means.keeps_huge)
 
     @property
     def tracker(self) -> str:

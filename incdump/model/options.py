@@ -11,11 +11,13 @@ from incdump.model.fields import check_address, check_choice, check_count, check
 TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
 PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
 Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
+ThpName: TypeAlias = Literal["split", "keep"]
 WayName: TypeAlias = Literal["auto", "leash", "lazy-pages"]
 ProtocolName: TypeAlias = Literal["auto", "criu"]
 CompressionName: TypeAlias = Literal["auto", "off", "lz4"]
 
 AFTERWARDS: tuple[Afterwards, ...] = ("running", "stopped", "killed")
+THP: tuple[ThpName, ...] = ("split", "keep")
 TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
 WAYS: tuple[WayName, ...] = ("auto", "leash", "lazy-pages")
 PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
@@ -71,6 +73,8 @@ class DumpOptions:
     :ivar track_for: seconds for which the writes of the target stay tracked afterwards, for a dump on top of this one;
         each dump says it anew. None: an hour after a pre-dump, not at all after a dump. A `incdump.Session` tracks as
         long as it lasts.
+    :ivar thp: what becomes of transparent huge pages that are tracked: ``"split"``: the first write to one splits it,
+        and what was written is told page by page; ``"keep"``: they stay, and each is dumped whole every time.
     :ivar wait_for_lazy: seconds to wait for pages that another program has yet to supply (a lazy restore); 0: a dump
         fails at once where there are some.
     :ivar freeze_timeout: seconds to wait for every thread to stop, as CRIU's ``--timeout``.
@@ -92,6 +96,7 @@ class DumpOptions:
     require_incremental: bool = False
     afterwards: Afterwards = "running"
     track_for: float | None = None
+    thp: ThpName = "split"
     wait_for_lazy: float = 0
     freeze_timeout: float = 10.0
     stall_timeout: float = 30.0
@@ -106,6 +111,7 @@ class DumpOptions:
         """:raises incdump.errors.InvalidOption: a value that its field cannot have."""
         check_choice("tracker", self.tracker, TRACKERS)
         check_choice("pagemap", self.pagemap, PAGEMAPS)
+        check_choice("thp", self.thp, THP)
         check_choice("afterwards", self.afterwards, AFTERWARDS)
         check_choice("page_server_protocol", self.page_server_protocol, PROTOCOLS)
         check_choice("compression", self.compression, COMPRESSIONS)

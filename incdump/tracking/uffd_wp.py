@@ -66,7 +66,11 @@ class UffdWpRound:
     """One process's round with its userfaultfd. Its methods block; none is safe to run beside another of them,
     except `give_back`, which waits for a scan that is under way."""
 
-    def __init__(self, pid: int, uffd: int, pagemap_fd: int) -> None:
+    def __init__(self, pid: int, uffd: int, pagemap_fd: int, *, keeps_huge: bool = False) -> None:
+        """:param keeps_huge: huge pages are never write-protected, so that no write splits them: they always count as
+        written.
+        """
+        self._keeps_huge = keeps_huge
         self._pid = pid
         self._uffd = uffd
         self._pagemap_fd = pagemap_fd
@@ -145,6 +149,8 @@ class UffdWpRound:
         :returns: windows over all of `vmas`; pages of watched mappings, and only these, have WPALLOWED, and WRITTEN
             where they were.
         """
+        if self._keeps_huge and in_parent is None:
+            in_parent = empty_runs()  # by exception: whatever is not protected afterwards is told as written
         if not watched.any():
             yield from unvouched(reader.windows(self._pagemap_fd, vmas))
         elif reader.name == "scan":
@@ -228,10 +234,11 @@ class UffdWpRound:
             yield from self._taking_scan_of(vmas.select(group == number), rearm, also)
 
     def _taking_scan_of(self, vmas: VmaTable, rearm: bool, also: int) -> Iterator[Window]:
+        unwanted = _NOT_OURS | (PageIs.HUGE if self._keeps_huge else 0)
         scan = ScanReader(
             flags=PM_SCAN_WP_MATCHING if rearm else 0,
-            inverted=_NOT_OURS,
-            mask=PageIs.WPALLOWED | _NOT_OURS | also,
+            inverted=unwanted,
+            mask=PageIs.WPALLOWED | unwanted | also,
             anyof=PageIs.PRESENT | PageIs.SWAPPED,
             on_regions=self._record if rearm else None,
             on_failure=self.ledger.record_span if rearm else None,

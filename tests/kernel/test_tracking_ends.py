@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import resource
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from tests.kernel.support import until
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from incdump.model.options import PagemapName
     from tests.conftest import MakeTarget
     from tests.targets.build import Target
 
@@ -207,6 +210,34 @@ async def test_huge_pages_are_put_together_again_when_tracking_ends(
     rss = resident(target.pid)
     until(lambda: huge_kib(target.pid) > before * 0.9, 20)
     assert resident(target.pid) - rss < 4 << 20, "it does not grow by it"
+    target.finish()
+
+
+@pytest.mark.parametrize("kind", ["predump", "dump"])
+@pytest.mark.parametrize("pagemap", ["scan", "cache", "plain"])
+@pytest.mark.asyncio
+async def test_huge_pages_are_kept_where_that_is_asked_for_and_nothing_is_missed(
+    victim: Callable[..., Victim], images_root: Path, pagemap: PagemapName, kind: str
+) -> None:
+    size = 32
+    target = victim("huge", str(size))
+    if huge_kib(target.pid) < size << 9:
+        pytest.skip("the kernel gives no huge pages here")
+    before = huge_kib(target.pid)
+    options = incdump.DumpOptions(thp="keep", pagemap=pagemap)
+    async with incdump.Session(target.pid, options) as session:
+        for number in range(4):
+            await getattr(session, kind)(images_root / str(number))
+            target.set(5, 1)
+            target.wait_until(lambda: target.value(1) == 0)
+            assert huge_kib(target.pid) > before * 0.9
+        stopped = incdump.DumpOptions(thp="keep", pagemap=pagemap, afterwards="stopped")
+        result = await session.dump(images_root / "last", options=stopped)
+        assert result.incremental
+        assert size << 8 <= result.stats.pages_written < (size << 8) + 600, "huge pages whole, and little else"
+        report = await incdump.check_against(images_root / "last", target.pid)
+        assert report.ok, report
+    os.kill(target.pid, signal.SIGCONT)
     target.finish()
 
 
