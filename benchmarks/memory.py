@@ -39,7 +39,7 @@ class Chain:
         """
         path = str(self._bench.new_dir())
         parent = [] if self._last is None else ["--prev-images-dir", self._last, "--require-incremental"]
-        done = self._run(name, "-t", str(self._target.pid), "-D", path, *parent, *self._options)
+        done = self._run(name, "-t", str(self._target.pid), "-D", path, *parent, "--track-for", "1h", *self._options)
         self._last = path
         return done
 

@@ -23,6 +23,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -36,7 +37,7 @@ from incdump.engine.process import Means, ProcessDump, Warn
 from incdump.engine.reach import refuse_out_of_reach
 from incdump.engine.segments import SegmentDump, find_segments
 from incdump.engine.tasks import first_cause
-from incdump.engine.threads import in_thread
+from incdump.engine.threads import in_thread, unbroken
 from incdump.engine.trackers import choose
 from incdump.errors import ImagesOutOfReach, LazyMemory, TargetExited, TargetUnsuitable, TrackerLost
 from incdump.freeze.seize import Freezer
@@ -182,6 +183,7 @@ class DumpRun:
         self._freezer: Freezer | None = None
         self._growth: dict[int, Growth] = {}
         self._pace = Pace()
+        self._has_outgrown = False
         self._looking = threading.Lock()
         self._left: Frozen | None = None  # the tree, once it is being stopped or killed for good
 
@@ -213,7 +215,10 @@ class DumpRun:
             if self._left is None or self._options.afterwards != "killed":
                 failed = True
                 for process in self._processes.values():
-                    process.give_back()
+                    if self._has_outgrown:
+                        process.let_go()
+                    else:
+                        process.give_back()
             # else the images are whole, and all that is left of the tree.
             raise
         finally:
@@ -223,8 +228,9 @@ class DumpRun:
                 for owner in self._all_owners():
                     steps.callback(owner.close)
             if failed:  # by now none of the files is open: FUSE and NFS would keep it, under another name
-                with anyio.CancelScope(shield=True):
-                    await in_thread(self._undo)
+                _, cancelled = await unbroken(partial(in_thread, self._undo))
+                if cancelled is not None:
+                    raise cancelled
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(self._images)
 
@@ -312,6 +318,7 @@ class DumpRun:
         """The keeper lets go of a process that has too many mappings, but for the time of a dump: that ends."""
         for pid, growth in list(self._growth.items()):
             if growth.is_too_large():
+                self._has_outgrown = True
                 raise TargetUnsuitable(
                     f"process {pid} has {growth.count:,} mappings by now: it exchanges them all the time, and tracked "
                     "ones do not merge; dump it frozen (incdump dump), or with --tracker content",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
 from incdump.engine.reach import refuse_shut
 from incdump.engine.tasks import first_cause
-from incdump.engine.threads import in_thread
+from incdump.engine.threads import in_thread, unbroken
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper, forget
@@ -240,8 +241,9 @@ class Loop:
             is_to_go_on = self._policy.final == "none"
         finally:
             if not is_to_go_on and self._options.track_for is None:
-                with anyio.CancelScope(shield=True):
-                    await in_thread(self._end_tracking)
+                _, cancelled = await unbroken(partial(in_thread, self._end_tracking))
+                if cancelled is not None:
+                    raise cancelled
         self._took()
 
     def _refuse_shut(self) -> None:

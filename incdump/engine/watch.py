@@ -304,6 +304,8 @@ class Watch:
         if runs is not None:
             self._round.give_back(runs)
             return
+        if self._lease.generation is None:  # nothing is known of the time before either
+            return
         try:
             self._round.give_back()
             self._means.keeper.commit(self._lease, self._lease.generation)

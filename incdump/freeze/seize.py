@@ -91,6 +91,7 @@ class Freezer:
         self.timeout = timeout
         self._guard = StallGuard(stall_timeout, self._stall)
         self._abandoned: StopStalled | None = None
+        self._stalled = False
         self._stall_timeout = stall_timeout
         self._pid = 0
         self.freezing_time = 0
@@ -112,7 +113,7 @@ class Freezer:
     ) -> None:
         self._guard.stop()
         await self._tracer.finish(lambda: self._let_go("running"))
-        if self._abandoned is not None and isinstance(exc, Exception):
+        if self._stalled and self._abandoned is not None and isinstance(exc, Exception):
             raise self._abandoned from exc
 
     @property
@@ -163,7 +164,7 @@ class Freezer:
     def _freeze(self, pid: int, abandoned: threading.Event) -> Frozen:
         if self._walk.processes:
             raise RuntimeError("this Freezer holds a frozen tree already: thaw it first")
-        self._abandoned = None
+        self._abandoned, self._stalled = None, False
         check_page_size()
         check_own_proc()
         began = time.monotonic_ns()
@@ -202,6 +203,7 @@ class Freezer:
 
     def _stall(self) -> None:
         """In the guard's thread."""
+        self._stalled = True
         self._tracer.post(self._abandon)
 
     def _abandon(self) -> None:

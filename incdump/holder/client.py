@@ -493,6 +493,9 @@ class OwnKeeper:
             if key in self._held:
                 self._held[key].generation = generation
             self._busy.discard(key)
+            held = self._held.get(key)
+        if lasts == 0 and held is not None:
+            self._let_go(key, held)
 
     def release(self) -> None:
         """End every loan that was not committed, and let go of processes that have exited."""

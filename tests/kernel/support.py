@@ -95,6 +95,8 @@ class Chain:
             parent = os.path.relpath(self.last.images_dir, where) if self.rounds else None
         if self.session is None:
             call = incdump.predump if kind == "predump" else incdump.dump
+            if options.track_for is None:  # a dump is to have another on top of it, too
+                options = replace(options, track_for=3600)
             result = await call(self.target.pid, where, parent=parent, options=options)
         elif kind == "predump":
             result = await self.session.predump(where, parent=parent)

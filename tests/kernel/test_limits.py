@@ -213,7 +213,7 @@ def test_a_holder_takes_no_more_targets_than_leave_room_to_talk(images_root: Pat
         resource.prlimit(holder, resource.RLIMIT_NOFILE, (100, 100))
         done = run(RUN, "predump", "-t", pid, "-D", images_root / "2", soft=USUAL)
         assert "(the holder) has too many files open: RLIMIT_NOFILE is 100" in done.stderr
-        assert 20 < len(tracked_pids()) < 50
+        assert len(tracked_pids()) == 1, "what the failed dump had begun to track it does not leave tracked"
         done = run(RUN, "untrack", "--all", soft=USUAL)
         assert done.returncode == 0, done.stderr
 

@@ -407,7 +407,7 @@ async def test_a_holder_that_the_target_has_adopted_is_no_part_of_its_tree(
         assert holder is not None
         assert f"PPid:\t{adopter.pid}\n" in Path(f"/proc/{holder}/status").read_text()
         first = await incdump.predump(adopter.pid, images_root / "1")
-        stopped = incdump.DumpOptions(afterwards="stopped")
+        stopped = incdump.DumpOptions(afterwards="stopped", track_for=60)
         last = await incdump.dump(adopter.pid, images_root / "2", parent="../1", options=stopped)
         os.kill(adopter.pid, signal.SIGCONT)
         assert last.incremental

@@ -36,7 +36,7 @@ class Command:
     """``incdump predump`` or ``dump`` on its way."""
 
     def __init__(self, kind: str, pid: int, where: Path, parent: str | None) -> None:
-        words = [kind, "-t", str(pid), "-D", str(where)]
+        words = [kind, "-t", str(pid), "-D", str(where), "--track-for", "1h"]
         if parent is not None:
             words += ["--prev-images-dir", os.path.relpath(parent, where)]
         self.began = time.monotonic()
