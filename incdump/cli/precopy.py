@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from incdump.cli.dumping import stall_timeout_option, target_options, thp_option, wait_for_lazy_option
+from incdump.cli.dumping import (
+    stall_timeout_option,
+    target_options,
+    thp_option,
+    track_for_option,
+    wait_for_lazy_option,
+)
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -54,6 +60,7 @@ Examples:
 @freeze_timeout_option
 @stall_timeout_option
 @wait_for_lazy_option
+@track_for_option
 @thp_option
 @report_option
 @criu_arguments

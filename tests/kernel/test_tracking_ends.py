@@ -243,3 +243,12 @@ async def test_huge_pages_are_kept_where_that_is_asked_for_and_nothing_is_missed
 
 def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_after_a_loop_that_is_told_to_go_on_the_target_is_tracked(target: Target, images_root: Path) -> None:
+    loop = ("precopy", "-t", target.pid, "-D", images_root / "r", "--downtime", "10s", "--track-for", "1h")
+    assert command(*loop).code == 0
+    assert is_tracked(target.pid)
+    last = os.path.realpath(images_root / "r" / "latest")
+    on_top = ("--prev-images-dir", last, "--require-incremental")
+    assert command("dump", "-t", target.pid, "-D", images_root / "2", *on_top).code == 0
