@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     Registers: TypeAlias = "ctypes.Array[ctypes.c_uint64]"
 
-Timeout: TypeAlias = Literal["none", "int", "pointer"]
-"""How a waiting call takes its timeout: not at all, as an int (negative: for ever), by pointer (NULL: for ever)."""
+Timeout: TypeAlias = Literal["none", "int", "pointer", "io_uring"]
+"""How a waiting call takes its timeout: not at all, as an int (negative: for ever), by pointer (NULL: for ever), or as
+io_uring_enter(2) does."""
 
 ERESTARTSYS, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 514, 516
 """Kernel-internal results of an interrupted call (include/linux/errno.h): make it again unless a signal handler without
@@ -57,7 +58,7 @@ class Arch:
         socket is their first argument, and many of them are also made on what is no socket.
     :ivar timed_out: what such calls return at the end of their time, as -errno, where it is not -EAGAIN.
     :ivar epoll_waits: of these, the ones whose first argument is an epoll descriptor.
-    :ivar semaphore_waits: those whose first argument is a System V semaphore set.
+    :ivar int_waits: of `waits_with_eintr`, those whose first argument is an int, of which the kernel takes 32 bits.
     :ivar waits_well: numbers of waiting calls that the kernel goes on with after such a stop, as if nothing had been.
     :ivar waits_restarted: of these, the ones that a debugger's change of registers makes start from the beginning,
         unless it says that they are to go on.
@@ -106,7 +107,7 @@ class Arch:
     socket_waits: Mapping[int, Direction] = field(default_factory=dict)
     timed_out: Mapping[int, int] = field(default_factory=dict)
     epoll_waits: frozenset[int] = frozenset()
-    semaphore_waits: frozenset[int] = frozenset()
+    int_waits: frozenset[int] = frozenset()
     waits_well: frozenset[int] = frozenset()
     waits_restarted: frozenset[int] = frozenset()
     restarts: Mapping[int, int] = field(default_factory=dict)
@@ -202,6 +203,7 @@ _X86_64 = Arch(
         220: (3, "pointer"),  # semtimedop
         232: (3, "int"),  # epoll_wait
         281: (3, "int"),  # epoll_pwait
+        426: (4, "io_uring"),  # io_uring_enter
         441: (3, "pointer"),  # epoll_pwait2
     },
     # recvfrom recvmsg recvmmsg accept accept4 read readv; sendto sendmsg sendmmsg connect write writev sendfile
@@ -209,9 +211,9 @@ _X86_64 = Arch(
         **dict.fromkeys((45, 47, 299, 43, 288, 0, 19), "in"),
         **dict.fromkeys((44, 46, 307, 42, 1, 20, 40), "out"),
     },
-    timed_out={**dict.fromkeys((208, 232, 281, 441), 0), 42: -errno.EINPROGRESS},
+    timed_out={**dict.fromkeys((208, 232, 281, 441), 0), 42: -errno.EINPROGRESS, 426: -errno.ETIME},
     epoll_waits=frozenset({232, 281, 441}),
-    semaphore_waits=frozenset({65, 220}),
+    int_waits=frozenset({65, 220, 232, 281, 426, 441}),
     # read poll select pause nanosleep wait4 rt_sigsuspend futex clock_nanosleep waitid pselect6 ppoll
     waits_well=frozenset({0, 7, 23, 34, 35, 61, 130, 202, 230, 247, 270, 271}),
     vforks=frozenset({56, 58, 435}),  # clone vfork clone3
@@ -256,6 +258,7 @@ _AARCH64 = Arch(
         137: (2, "pointer"),  # rt_sigtimedwait
         192: (3, "pointer"),  # semtimedop
         193: (0, "none"),  # semop
+        426: (4, "io_uring"),  # io_uring_enter
         441: (3, "pointer"),  # epoll_pwait2
     },
     # recvfrom recvmsg recvmmsg accept accept4 read readv; sendto sendmsg sendmmsg connect write writev sendfile
@@ -263,9 +266,9 @@ _AARCH64 = Arch(
         **dict.fromkeys((207, 212, 243, 202, 242, 63, 65), "in"),
         **dict.fromkeys((206, 211, 269, 203, 64, 66, 71), "out"),
     },
-    timed_out={**dict.fromkeys((4, 22, 441), 0), 203: -errno.EINPROGRESS},
+    timed_out={**dict.fromkeys((4, 22, 441), 0), 203: -errno.EINPROGRESS, 426: -errno.ETIME},
     epoll_waits=frozenset({22, 441}),
-    semaphore_waits=frozenset({192, 193}),
+    int_waits=frozenset({22, 192, 193, 426, 441}),
     # read pselect6 ppoll waitid futex nanosleep clock_nanosleep restart_syscall rt_sigsuspend wait4
     waits_well=frozenset({63, 72, 73, 95, 98, 101, 115, 128, 133, 260}),
     waits_restarted=frozenset({98, 101, 115, 128}),
@@ -273,7 +276,7 @@ _AARCH64 = Arch(
         **dict.fromkeys((63, 64, 65, 66), ERESTARTSYS),  # read write readv writev
         **dict.fromkeys((202, 206, 207, 211, 212, 242), ERESTARTSYS),  # accept sendto recvfrom sendmsg recvmsg accept4
         **dict.fromkeys((95, 260), ERESTARTSYS),  # waitid wait4
-        **dict.fromkeys((4, 22, 137, 192, 193, 441), ERESTARTNOHAND),  # waits_with_eintr, when they have been spared
+        **dict.fromkeys((4, 22, 137, 192, 193, 426, 441), ERESTARTNOHAND),  # waits_with_eintr, when spared
         **dict.fromkeys((72, 73, 133), ERESTARTNOHAND),  # pselect6 ppoll rt_sigsuspend
         **dict.fromkeys((101, 115, 128), ERESTART_RESTARTBLOCK),  # nanosleep clock_nanosleep restart_syscall
     },

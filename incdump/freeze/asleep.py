@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from incdump._uapi.arch import ARCH
 from incdump._uapi.procfile import read_small
+from incdump.freeze.stops import in_real_time
 from incdump.proc.identity import read_proc
 
 if TYPE_CHECKING:
@@ -84,6 +85,11 @@ def sleeps_in(threads: Iterable[tuple[int, int]]) -> dict[int, Sleep]:
 
     :param threads: process and thread ids.
     """
+    with in_real_time():  # lest others come between what is read and when
+        return _sleeps_in(threads)
+
+
+def _sleeps_in(threads: Iterable[tuple[int, int]]) -> dict[int, Sleep]:
     deadline = time.monotonic() + PATIENCE
     found = []
     for pid, tid in threads:
@@ -170,6 +176,8 @@ def _clocks(cpus: set[int]) -> dict[int, tuple[float, int]]:
     try:
         visitor = threading.Thread(target=_visit, args=(reader,), name="clocks", daemon=True)
         visitor.start()
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(visitor.native_id or 0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except RuntimeError:  # no thread can be made
         os.close(reader)
         os.close(writer)

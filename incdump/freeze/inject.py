@@ -341,9 +341,9 @@ class _Thread:
         if not self.own[ARCH.pc] or not word.startswith(ARCH.instruction):
             raise self._unsafe("has called exec() just now, try again")
         self._leave_rseq()
-        became = spare_eintr(self.pid, self.tid, self.own, self.seen_in, self.sleep)
-        if ARCH.orig < 0 and became != "over":
-            self._find_restart(is_spared=became == "again")
+        spared = spare_eintr(self.pid, self.tid, self.own, self.seen_in, self.sleep)
+        if ARCH.orig < 0 and (spared is None or spared.is_again):
+            self._find_restart(is_spared=spared is not None)
         saved = _Saved(self.own, ptrace.getsigmask(self.tid))
         self.saved = saved  # from here on `let_go` puts it back
         ptrace.setsigmask(self.tid, ptrace.ALL_SIGNALS)

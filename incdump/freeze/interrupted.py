@@ -1,8 +1,8 @@
 """Waits that a stop has interrupted, and that are to go on as if nothing had been.
 
 Most waits the kernel goes on with by itself. Some fail with EINTR after any stop: epoll, rt_sigtimedwait, semop,
-semtimedop, io_getevents, and calls on a socket with a timeout (SO_RCVTIMEO, SO_SNDTIMEO). These are made again here;
-one whose time has an end is to end as nearly as can be when it was to:
+semtimedop, io_getevents, io_uring_enter, and calls on a socket with a timeout (SO_RCVTIMEO, SO_SNDTIMEO). These are
+made again here; one whose time has an end is to end as nearly as can be when it was to:
 
 - epoll_wait and epoll_pwait have their timeout in a register. Called by a C library's function, after which nobody
   looks at that register, they get what is left of it, if it is known how long they have waited (`asleep`).
@@ -43,7 +43,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH, ERESTARTNOHAND
@@ -62,6 +62,8 @@ _MOST = 0x7FFFFFFF  # of a mark: CRIU takes a negative number for no call at all
 _EPOLL_LINK = "anon_inode:[eventpoll]"
 _SOCKET_LINK = "socket:["
 _SO_TIMEO = {"in": socket.SO_RCVTIMEO, "out": socket.SO_SNDTIMEO}
+
+_EXT_ARG, _ABS_TIMER, _EXT_ARG_REG = 1 << 3, 1 << 5, 1 << 6  # IORING_ENTER_*
 
 _syscall = ctypes.PyDLL(None).syscall
 _syscall.argtypes = (ctypes.c_long,)
@@ -105,36 +107,67 @@ def was_waiting(registers: Registers, seen: Call | None, pc: int) -> bool:
     return seen is not None and (seen.number, seen.sp, seen.pc) == (registers[ARCH.number], registers[ARCH.sp], pc)
 
 
+@dataclass(frozen=True, slots=True)
+class Spared:
+    """What `spare_eintr` has made of a thread's registers.
+
+    :ivar is_again: the wait is made again; else its time is over, and it says so.
+    :ivar pc: the program counter they have.
+    :ivar shortened: index of the register with a timeout that was made shorter; -1: none was.
+    :ivar at: when that was done, `now_ms`.
+    """
+
+    is_again: bool
+    pc: int
+    shortened: int = -1
+    at: int = 0
+
+
 def spare_eintr(
     pid: int, tid: int, registers: Registers, seen: Call | None, sleep: Sleep | None = None
-) -> Literal["", "again", "over"]:
+) -> Spared | None:
     """Change the registers of a thread, just stopped, so that a wait goes on which the stop made fail.
 
     Whatever becomes of us afterwards, the registers are right as they are.
 
     :param seen: what `look` told before the stop.
     :param sleep: since when it slept, as was seen before.
-    :returns: whether they were changed, and are to be set: "again": the wait is made again; "over": its time is over.
+    :returns: what was changed, and is to be set; None: nothing.
     :raises ProcessLookupError: the thread was killed.
     """
     if ARCH.result_of(registers) != -errno.EINTR:
-        return ""
+        return None
     call = _call_of(pid, tid, registers, seen)
     if call is None:
-        return ""
+        return None
     wait = _Wait(pid, tid, call, registers, sleep)
     if not wait.has_end():
-        wait.make_again(wait.mark)
-        return "again"
-    if wait.take_off():
         wait.make_again(0)
-        return "again"
-    began = wait.mark or wait.began()
-    if wait.mark and wait.is_over():
+    elif wait.take_off():
+        wait.make_again(0)
+        return Spared(True, registers[ARCH.pc], ARCH.arguments[wait.index], now_ms())
+    elif wait.mark and wait.is_over():
         ARCH.set_timed_out(registers, call.number)
-        return "over"
-    wait.make_again(began)
-    return "again"
+        return Spared(False, call.pc)
+    else:
+        wait.make_again(wait.mark or wait.began())
+    return Spared(True, registers[ARCH.pc])
+
+
+def take_off_stop(tid: int, registers: Registers, spared: Spared) -> None:
+    """Take the time that a thread was stopped off a timeout that was made shorter when it was stopped.
+
+    Nothing is done if it does not make that wait any more, as a signal's handler is to run.
+
+    :raises ProcessLookupError: it was killed.
+    """
+    if spared.shortened < 0:
+        return
+    ptrace.getregset(tid, registers)
+    is_to_come = registers[ARCH.pc] == spared.pc and (ARCH.orig < 0 or ARCH.result_of(registers) == -ERESTARTNOHAND)
+    if is_to_come:
+        registers[spared.shortened] = max(0, registers[spared.shortened] - (now_ms() - spared.at))
+        ptrace.setregset(tid, registers)
 
 
 def _call_of(pid: int, tid: int, registers: Registers, seen: Call | None) -> Call | None:
@@ -181,8 +214,21 @@ class _Wait:
             return False
         if self.kind == "socket":
             return True
-        value = self.registers[ARCH.arguments[self.index]]
+        value = self._argument()
+        if self.kind == "io_uring":
+            flags = self.registers[ARCH.arguments[3]]
+            return bool(flags & _EXT_ARG and not flags & _ABS_TIMER and (flags & _EXT_ARG_REG or self._io_uring_end()))
         return not value & 0x80000000 if self.kind == "int" else value != 0
+
+    def _argument(self) -> int:
+        """The argument that is, or points to, the timeout."""
+        return self.registers[ARCH.arguments[self.index]]
+
+    def _io_uring_end(self) -> int:
+        """Address of the timeout of io_uring_enter(2), ``struct io_uring_getevents_arg``; 0: none."""
+        with contextlib.suppress(OSError):
+            return ptrace.peek(self.tid, self._argument() + 16)
+        return 0
 
     def began(self) -> int:
         """When it began, or was seen at the latest; as `mark`."""
@@ -208,14 +254,16 @@ class _Wait:
         return False
 
     def _timeout(self) -> int:
-        """Milliseconds; 0: there is none.
+        """Milliseconds; 0: there is none, or it is not known.
 
         :raises OSError: it cannot be read.
         """
         if self.kind == "int":
-            return self.registers[ARCH.arguments[self.index]] & 0x7FFFFFFF
-        if self.kind == "pointer":
-            address = self.registers[ARCH.arguments[self.index]]
+            return self._argument() & 0x7FFFFFFF
+        if self.kind == "io_uring" and self.registers[ARCH.arguments[3]] & _EXT_ARG_REG:
+            return 0  # it is in memory that the ring alone knows of
+        if self.kind != "socket":
+            address = self._argument() if self.kind == "pointer" else self._io_uring_end()
             return ptrace.peek(self.tid, address) * 1000 + -(-ptrace.peek(self.tid, address + 8) // 1_000_000)
         pidfd = open_for_thread(self.pid, self.tid)
         try:
@@ -246,7 +294,7 @@ def _takes_mark(number: int) -> bool:
     x86_64: the number, of which it has taken 32 bits since Linux 5.13.
     """
     if ARCH.orig < 0:
-        return number in ARCH.epoll_waits or number in ARCH.socket_waits or number in ARCH.semaphore_waits
+        return number in ARCH.int_waits or number in ARCH.socket_waits
     return number >= 0 and _takes_half_of_number()
 
 

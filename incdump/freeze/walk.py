@@ -35,7 +35,7 @@ from incdump.errors import FreezeTimeout, TargetExited, TargetUnsuitable
 from incdump.freeze.asleep import Sleep, sleeps_in, threads_below
 from incdump.freeze.attach import interrupt, is_ours, seize
 from incdump.freeze.choice import has_exited, is_gone, read_thread_stat
-from incdump.freeze.interrupted import Call, fail_after_all, has_handler, look, spare_eintr
+from incdump.freeze.interrupted import Call, Spared, fail_after_all, has_handler, look, spare_eintr, take_off_stop
 from incdump.freeze.pending import MOST_DELIVERIES, comes_before_stop, send_stop, take_next
 from incdump.freeze.stops import (
     SLOW,
@@ -76,7 +76,7 @@ class Thread:
     :ivar held: signal to pass on.
     :ivar deliveries: signals that took effect while it was being stopped.
     :ivar seen_in: the call that it slept in before.
-    :ivar is_spared: a wait of it that the stop made fail goes on afterwards.
+    :ivar spared: what was done lest a wait of it fails.
     """
 
     pid: int
@@ -87,7 +87,12 @@ class Thread:
     held: int = 0
     deliveries: int = 0
     seen_in: Call | None = None
-    is_spared: bool = False
+    spared: Spared | None = None
+
+    @property
+    def is_spared(self) -> bool:
+        """Whether it makes a wait again that the stop made fail."""
+        return self.spared is not None and self.spared.is_again
 
 
 @dataclass(slots=True)
@@ -260,7 +265,7 @@ class TreeWalk:
                 return False
             if thread.is_spared and ARCH.orig < 0 and thread.held and has_handler(thread.pid, thread.tid, thread.held):
                 fail_after_all(thread.tid, self._registers)
-                thread.is_spared = False
+                thread.spared = None
             thread.deliveries += 1
             thread.is_stopped = False
             take_next(thread.tid, thread.held, self._info)
@@ -275,9 +280,9 @@ class TreeWalk:
             if ptrace.getregset(thread.tid, registers) != ctypes.sizeof(registers):
                 return
             sleep = self._sleeps.get(thread.tid)
-            if became := spare_eintr(thread.pid, thread.tid, registers, thread.seen_in, sleep):
+            if spared := spare_eintr(thread.pid, thread.tid, registers, thread.seen_in, sleep):
                 ptrace.setregset(thread.tid, registers)
-                thread.is_spared = became == "again"
+                thread.spared = spared
 
     def _is_to_come(self, thread: Thread) -> bool:
         """Whether a thread that has not stopped so far still may."""
@@ -455,6 +460,8 @@ class TreeWalk:
         try:
             if not thread.is_stopped and not self._see(thread):
                 raise ProcessLookupError
+            if thread.spared is not None:
+                take_off_stop(thread.tid, self._registers, thread.spared)
             if thread.is_spared and ARCH.orig < 0 and self._waits_again(thread):
                 return
             ptrace.detach(thread.tid, thread.held)

@@ -44,24 +44,34 @@ IN_A_REGISTER = ["epoll_wait", "epoll_pwait"]
 TIMED = [
     *("recv", "recvmsg", "recvmmsg", "read", "send", "sendmsg", "write", "accept", "connect"),
     *(*IN_A_REGISTER, "epoll_pwait by itself", "epoll_pwait2", "sigtimedwait", "semtimedop", "io_getevents"),
+    *("io_uring_enter", "io_uring_enter for ever"),
 ]
 """The waits with an end of victims/freeze_timed.c."""
-ENDING = [call for call in TIMED if not (MAY_FAIL and call in ("sigtimedwait", "io_getevents"))]
-"""Those that can be told when they began, where there is something to note it in."""
+ENDING = [
+    call
+    for call in TIMED
+    if not call.endswith("for ever") and not (MAY_FAIL and call in ("sigtimedwait", "io_getevents"))
+]
+"""Those that end at the first stop after their time: when they began can be noted."""
 FOR_EVER = 600_000
 """Milliseconds: such a wait does not end by itself while a test looks on."""
 
 
 def in_time(call: str) -> int:
     """What a wait of victims/freeze_timed.c returns when what it waits for happens."""
-    return signal.SIGUSR1 if call == "sigtimedwait" else int(call not in ("connect", "semtimedop"))
+    return (
+        signal.SIGUSR1
+        if call == "sigtimedwait"
+        else int(call not in ("connect", "semtimedop") and not call.startswith("io_uring"))
+    )
 
 
 def timed_out(call: str) -> set[tuple[int, int]]:
     """Result and errno of such a wait at the end of its time; of connect(2) made again EALREADY as well."""
     if call.startswith("epoll") or call == "io_getevents":
         return {(0, 0)}
-    return {(-1, errno.EAGAIN), (-1, errno.EINPROGRESS)} if call == "connect" else {(-1, errno.EAGAIN)}
+    errors = {"connect": (errno.EINPROGRESS, errno.EALREADY), "io_uring_enter": (errno.ETIME,)}
+    return {(-1, number) for number in errors.get(call, (errno.EAGAIN,))}
 
 
 class Victim:

@@ -821,15 +821,16 @@ async def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victi
 async def test_a_timeout_in_a_register_that_nobody_looks_at_is_made_shorter_by_what_has_passed(
     victim: START, call: str
 ) -> None:
-    target = timed(victim, call, 2 * SLEEP)
+    target = timed(victim, call, 4 * SLEEP)
     async with Freezer() as freezer:
-        for _ in range(3):
+        for _ in range(2):
             sleeps_again(target, SLEEP / 2)
             await freezer.freeze(target.pid)
+            time.sleep(SLEEP / 2000)  # which passes for the wait as well
             await freezer.thaw()
-    assert target.popen.wait(10) == 0
+    assert target.popen.wait(30) == 0
     assert (target.result(), target.value(2)) == (0, 0)
-    assert 2 * SLEEP - 5 <= target.value(3) < 2 * SLEEP + SLEEP / 2
+    assert 4 * SLEEP - 5 <= target.value(3) < 4.9 * SLEEP
 
 
 @pytest.mark.asyncio
@@ -841,7 +842,7 @@ async def test_a_timeout_in_a_register_that_the_program_may_look_at_is_left_alon
         await freezer.thaw()
     assert target.popen.wait(10) == 0
     assert (target.result(), target.value(5)) == (0, SLEEP)
-    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP
+    assert SLEEP - 5 <= target.value(3) < 2.5 * SLEEP
 
 
 @pytest.mark.asyncio

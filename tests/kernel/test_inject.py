@@ -254,13 +254,13 @@ def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victim: STA
 def test_a_timeout_in_a_register_that_nobody_looks_at_is_made_shorter_by_what_has_passed(
     victim: START, call: str
 ) -> None:
-    target = timed(victim, call, 2 * SLEEP)
-    for _ in range(3):
-        sleeps_again(target, SLEEP / 2)
+    target = timed(victim, call, 4 * SLEEP)
+    for _ in range(2):
+        sleeps_again(target, SLEEP)
         inject_once(target.pid)
-    assert target.popen.wait(10) == 0
+    assert target.popen.wait(30) == 0
     assert (target.result(), target.value(2)) == (0, 0)
-    assert 2 * SLEEP - 5 <= target.value(3) < 2 * SLEEP + SLEEP / 2
+    assert 4 * SLEEP - 5 <= target.value(3) < 4.9 * SLEEP
 
 
 def test_a_timeout_in_a_register_that_the_program_may_look_at_is_left_alone(victim: START) -> None:
@@ -269,7 +269,7 @@ def test_a_timeout_in_a_register_that_the_program_may_look_at_is_left_alone(vict
     inject_once(target.pid)
     assert target.popen.wait(10) == 0
     assert (target.result(), target.value(5)) == (0, SLEEP)
-    assert SLEEP - 5 <= target.value(3) < 2 * SLEEP
+    assert SLEEP - 5 <= target.value(3) < 2.5 * SLEEP
 
 
 @pytest.mark.parametrize("call", TIMED)
@@ -622,7 +622,7 @@ def test_only_a_wait_that_failed_is_made_again() -> None:
         registers = ARCH.registers()
         registers[number] = call
         ARCH.set_result(registers, failed)
-        assert spare_eintr(os.getpid(), threading.get_native_id(), registers, None) == ""
+        assert spare_eintr(os.getpid(), threading.get_native_id(), registers, None) is None
         assert ctypes.c_int64(registers[result]).value == failed
     assert ARCH.name == platform.machine()
     assert ERRORS == 0

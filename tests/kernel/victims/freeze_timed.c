@@ -4,6 +4,7 @@
  * value[4] how many signals came, value[5] is the timeout's register (r10, x3) after it; beats is 1 when it is over. */
 #include "freeze_board.h"
 #include <linux/aio_abi.h>
+#include <linux/io_uring.h>
 #include <poll.h>
 #include <sys/epoll.h>
 #include <sys/sem.h>
@@ -18,7 +19,7 @@ static struct sembuf down = {0, -1, 0}, up = {0, 1, 0};
 static struct io_event io_done;
 static aio_context_t aio;
 static char big[1 << 20];
-static int pair[2], trigger[2], listener, client, ep, sem;
+static int pair[2], trigger[2], listener, client, ep, sem, ring;
 static sigset_t set;
 
 static long raw(long nr, long a, void *b, long c, long d, long e, long f)
@@ -84,7 +85,32 @@ static long wait_in(const char *call, long ms)
         return semtimedop(sem, &down, 1, &end);
     if (!strcmp(call, "io_getevents"))
         return syscall(SYS_io_getevents, aio, 1L, 1L, &io_done, &end);
+    if (!strcmp(call, "io_uring_enter")) {
+        struct { uint64_t sigmask; uint32_t size, min_wait; struct timespec *ts; } arg = {0, 8, 0, &end};
+        return syscall(SYS_io_uring_enter, ring, 0, 1, 9, &arg, sizeof arg); /* GETEVENTS, EXT_ARG */
+    }
+    if (!strcmp(call, "io_uring_enter for ever"))
+        return syscall(SYS_io_uring_enter, ring, 0, 1, 1, NULL, 0);
     exit(105);
+}
+
+/* A ring that polls the trigger. */
+static int make_ring(void)
+{
+    struct io_uring_params p = {0};
+    int fd = syscall(SYS_io_uring_setup, 1, &p);
+    if (fd < 0)
+        exit(77);
+    char *sq = mmap(NULL, p.sq_off.array + 4, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQ_RING);
+    struct io_uring_sqe *sqe = mmap(NULL, 64, PROT_READ | PROT_WRITE, MAP_SHARED, fd, IORING_OFF_SQES);
+    if (sq == MAP_FAILED || sqe == MAP_FAILED)
+        exit(108);
+    *sqe = (struct io_uring_sqe){.opcode = IORING_OP_POLL_ADD, .fd = trigger[0], .poll32_events = POLLIN};
+    *(unsigned *)(sq + p.sq_off.array) = 0;
+    __atomic_store_n((unsigned *)(sq + p.sq_off.tail), 1, __ATOMIC_RELEASE);
+    if (syscall(SYS_io_uring_enter, fd, 1, 0, 0, NULL, 0) != 1)
+        exit(109);
+    return fd;
 }
 
 /* What is waited for, in a process of its own. */
@@ -131,6 +157,8 @@ static void set_up(const char *call, long ms)
     epoll_ctl(ep, EPOLL_CTL_ADD, trigger[0], &event);
     unshare(CLONE_NEWIPC); /* a semaphore that goes with us */
     sem = semget(IPC_PRIVATE, 1, 0600);
+    if (!strncmp(call, "io_uring_enter", 14))
+        ring = make_ring();
     if (!strcmp(call, "io_getevents")) {
         struct iocb cb = {.aio_lio_opcode = IOCB_CMD_POLL, .aio_fildes = trigger[0], .aio_buf = POLLIN}, *cbs = &cb;
         if (syscall(SYS_io_setup, 1, &aio) || syscall(SYS_io_submit, aio, 1L, &cbs) != 1)
