@@ -15,6 +15,7 @@ from incdump.criu.hints import hint
 from incdump.errors import CriuError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 OLDEST = (4, 1)
@@ -33,7 +34,7 @@ _SPARED = "-1000"
 SECCOMP_REFUSED = "suspending seccomp failed"
 """What CRIU says where it is itself under a filter (compel's infect.c)."""
 UMASK = 0o077
-"""Of a CRIU that dumps: its images hold registers and memory."""
+"""Of CRIU: its images hold registers and memory."""
 # What CRIU cannot do, and does without: no reason for anything. And what follows from any other error.
 _HARMLESS = ("rlimit: Can't setup", "cgroupns not supported")
 _FOLLOWS = ("Unable to detach", "Dumping FAILED", "Restoring FAILED", "Killing processes")
@@ -89,6 +90,11 @@ def find(path: str | None = None) -> Criu:
             path=where,
         )
     return Criu(where, version)
+
+
+def private(command: Sequence[str]) -> list[str]:
+    """A command whose files are its owner's alone, for where a process is started by uvloop, which sets no umask."""
+    return ["/bin/sh", "-c", f'umask {UMASK:03o} && exec "$0" "$@"', *command]
 
 
 def own_file(path: Path) -> BinaryIO:

@@ -19,7 +19,7 @@ import anyio
 
 from incdump.criu.gate import Gate
 from incdump.criu.options import take_scripts
-from incdump.criu.program import UMASK, failure, find, own_file
+from incdump.criu.program import failure, find, own_file, private
 from incdump.engine.reach import check_readable
 from incdump.engine.threads import in_thread
 from incdump.errors import ImagesError, IncdumpError, TargetError
@@ -144,11 +144,10 @@ class HeldRestore:
             starting(),
         ):
             self._process = process = await anyio.open_process(
-                as_before([*command, *options]),
+                private(as_before([*command, *options])),
                 stdin=None,
                 stdout=None,
                 stderr=said,
-                umask=UMASK,
                 start_new_session=True,  # a Ctrl-C is incdump's to handle: the tree may just be about to run
             )
         looked = 0.0
@@ -259,7 +258,7 @@ async def _run(command: Sequence[str], stderr: Path) -> int:
     """
     with own_file(stderr) as said, starting():
         opened = await anyio.open_process(
-            as_before(command), stdin=None, stdout=None, stderr=said, umask=UMASK, start_new_session=False
+            private(as_before(command)), stdin=None, stdout=None, stderr=said, start_new_session=False
         )
     async with opened as process:
         try:
