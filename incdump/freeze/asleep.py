@@ -28,9 +28,9 @@ from incdump.proc.identity import read_proc
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-PATIENCE = 0.03
+PATIENCE = 0.01
 """Seconds for looking at the threads of a tree; of those not reached nothing is known."""
-CLOCK_PATIENCE = 0.02
+CLOCK_PATIENCE = 0.01
 """Seconds for asking the processors' clocks: one may be busy with what comes before us."""
 
 _VISIT = 2e-3

@@ -167,6 +167,7 @@ class Freezer:
         self._abandoned, self._stalled = None, False
         check_page_size()
         check_own_proc()
+        self._walk.look(pid)
         began = time.monotonic_ns()
         try:
             self._freeze_without_tracer(pid, abandoned)

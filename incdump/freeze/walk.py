@@ -138,6 +138,10 @@ class TreeWalk:
 
     # -- freezing
 
+    def look(self, root: int) -> None:
+        """Before `freeze`, which is not to take longer by that: see since when threads of the tree sleep."""
+        self._sleeps = sleeps_in(threads_below(root))
+
     def freeze(self, root: int, timeout: float, abandoned: threading.Event) -> None:
         """Stop the whole tree, or nothing of it.
 
@@ -149,7 +153,6 @@ class TreeWalk:
         self._deadline = time.monotonic() + timeout
         self._abandoned = abandoned
         try:
-            self._sleeps = sleeps_in(threads_below(root))
             self._add(root)
             self._to_fixed_point()
         except BaseException:

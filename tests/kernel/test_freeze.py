@@ -799,6 +799,36 @@ async def test_a_wait_with_an_end_goes_on_and_ends_with_what_it_waits_for(victim
     assert (target.result(), target.value(2)) == (in_time(call), 0)
 
 
+FREEZE_AND_HOLD = """
+import asyncio, sys
+from incdump.freeze.seize import Freezer
+async def freeze():
+    async with Freezer() as freezer:
+        await freezer.freeze(int(sys.argv[1]))
+        print("frozen", flush=True)
+        await asyncio.sleep(60)
+asyncio.run(freeze())
+"""
+
+
+@pytest.mark.skipif(MAY_FAIL, reason="there it may fail with EINTR")
+@pytest.mark.parametrize("call", ["recv", "connect", *IN_A_REGISTER, "sigtimedwait"])
+def test_killed_while_it_holds_the_tree_the_freezer_leaves_waits_that_go_on(victim: START, call: str) -> None:
+    target = timed(victim, call, FOR_EVER)
+    for _ in range(2):
+        command = [sys.executable, "-c", FREEZE_AND_HOLD, str(target.pid)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as freezer:
+            assert freezer.stdout is not None
+            assert freezer.stdout.readline() == b"frozen\n"
+            freezer.kill()
+        sleeps_again(target)
+    assert target.popen.stdin is not None
+    target.popen.stdin.write(b"x")
+    target.popen.stdin.flush()
+    assert target.popen.wait(10) == 0
+    assert (target.result(), target.value(2)) == (in_time(call), 0)
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("call", ENDING)
 async def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victim: START, call: str) -> None:
