@@ -22,6 +22,7 @@ import pytest
 
 from incdump._uapi import ptrace
 from incdump._uapi.arch import ARCH
+from incdump.freeze import asleep
 from tests.targets import build
 
 if TYPE_CHECKING:
@@ -200,6 +201,12 @@ def timed(victim: Callable[..., Victim], call: str, ms: int) -> Victim:
     target = victim("timed", call, ms)
     target.wait_until(lambda: target.value(0) == 1 and target.state() == "S")
     return target
+
+
+def as_slow_as_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the looks at sleeping threads the time that they take where all is emulated."""
+    for name in ("PATIENCE", "CLOCK_PATIENCE", "_VISIT"):
+        monkeypatch.setattr(asleep, name, getattr(asleep, name) * SLOWER)
 
 
 def sleeps_again(target: Victim, ms: float = 0) -> None:

@@ -48,6 +48,7 @@ from tests.kernel.freeze_kit import (
     TIMED,
     Victim,
     Victims,
+    as_slow_as_the_machine,
     in_time,
     queue,
     signal_before_interrupt,
@@ -849,8 +850,9 @@ async def test_a_wait_with_an_end_ends_in_time_however_often_it_is_stopped(victi
 @pytest.mark.asyncio
 @pytest.mark.parametrize("call", IN_A_REGISTER)
 async def test_a_timeout_in_a_register_that_nobody_looks_at_is_made_shorter_by_what_has_passed(
-    victim: START, call: str
+    victim: START, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
+    as_slow_as_the_machine(monkeypatch)
     target = timed(victim, call, 4 * SLEEP)
     async with Freezer() as freezer:
         for _ in range(2):
