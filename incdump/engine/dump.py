@@ -246,8 +246,12 @@ class DumpRun:
             await anyio.sleep(_LAZY_POLL)
 
     def _make_images_dir(self) -> None:
-        owner = None if self._owner is None else self._owner.uid
-        self._images = NewImagesDir.create(self._path, self._parent_text, owner)
+        make = NewImagesDir.create if self._restorable else NewImagesDir.create_if_possible_for
+        self._images = make(self._path, self._parent_text, self._owner_number)
+
+    @property
+    def _owner_number(self) -> int | None:
+        return None if self._owner is None else self._owner.uid
 
     def _check_reach(self, images: NewImagesDir) -> None:
         """Make sure that what is dumped here can be restored from here.
@@ -280,7 +284,7 @@ class DumpRun:
     def _connect(self, images: NewImagesDir) -> ServerSession:
         meta = None if images.parent is None else ImagesDir(images.parent).meta()
         generation = None if meta is None else meta.get("generation")
-        return open_session(self._options, generation if isinstance(generation, str) else None)
+        return open_session(self._options, generation if isinstance(generation, str) else None, self._owner_number)
 
     @property
     def _break_off(self) -> Callable[[], None] | None:

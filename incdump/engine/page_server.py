@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING
 
 from incdump.engine.listener import Listener
 from incdump.engine.threads import in_thread
-from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError
+from incdump.errors import ImagesDirInUse, ImagesError, IncdumpError, ProtocolError
 from incdump.images import messages
 from incdump.images.images_dir import ImagesDir
 from incdump.images.new_dir import FINISHED, NewImagesDir
 from incdump.model.fields import check_count, check_flag, check_path, check_seconds, check_text, check_type
 from incdump.model.options import TlsFiles
+from incdump.model.owner import NOBODY
 from incdump.proc.identity import check_page_size
 from incdump.xfer import compression
-from incdump.xfer.block_server import BlockSession
+from incdump.xfer.block_server import BlockSession, hear_terms, tell
 from incdump.xfer.blocks import OFFER
 from incdump.xfer.page_server import Session
 from incdump.xfer.received import ReceivedImages
@@ -222,7 +223,7 @@ class Sessions:
         path, parent = self._place(number)
         began = time.monotonic()
         try:
-            images = NewImagesDir.create(path, parent)
+            images = self._new_dir(client, path, parent)
             receiver: ReceivedImages | StoredImages | None = None
             try:
                 above = None if images.parent is None else ImagesDir(images.parent)
@@ -237,6 +238,22 @@ class Sessions:
         finally:
             self._under_way = None
         return _report(client.name, path, received, self._dedup(receiver), time.monotonic() - began)
+
+    def _new_dir(self, client: Client, path: Path, parent: str | None) -> NewImagesDir:
+        """A session's directory: the user's whom the client's terms name, where it says any."""
+        if client.first != OFFER:
+            return NewImagesDir.create(path, parent)
+        assert client.connection is not None
+        try:
+            if client.said is None:
+                client.said = hear_terms(client.connection, self._options.timeout)
+            owner = client.said.get("owner")
+            if owner is not None and (type(owner) is not int or not 0 <= owner < NOBODY):
+                raise ProtocolError("the client names an owner that there cannot be")
+            return NewImagesDir.create_if_possible_for(path, parent, owner)
+        except IncdumpError as error:
+            tell(client.connection, error)
+            raise
 
     def _receiver(self, client: Client, images: NewImagesDir, above: ImagesDir | None) -> ReceivedImages | StoredImages:
         kind = StoredImages if client.first == OFFER else ReceivedImages

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 ServerSession: TypeAlias = "Sending | Storing"
 
 
-def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
+def open_session(options: DumpOptions, parent: str | None, owner: int | None = None) -> ServerSession:
     """Connect to the page server. Blocks.
 
     :param options: which server, and how.
     :param parent: the generation of the parent dump, if there is one.
+    :param owner: the user whose the images are to be; None: the server's own.
     :raises incdump.errors.XferError: there is no server, or it is not what was asked for.
     """
     assert options.page_server is not None
@@ -36,6 +37,7 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
     except BaseException:
         client.close()
         raise
+    more = {"migration": options.migration, "owner": owner}
     return Storing(
         BlockClient(
             client.detach(),
@@ -45,6 +47,6 @@ def open_session(options: DumpOptions, parent: str | None) -> ServerSession:
             parent=parent,
             compress=options.compression,
             timeout=timeout,
-            migration=options.migration,
+            more={name: value for name, value in more.items() if value is not None},
         )
     )

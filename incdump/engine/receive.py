@@ -52,6 +52,8 @@ _CONVERSATIONS = 16
 """At once: one is a migration's, others may ask what has become of theirs."""
 _PATIENCE = 5.0
 """Seconds within which whoever connects has to have said what it is here for."""
+_OPEN = 0o711
+"""Of a directory with images dirs in it: whoever may look into these has to find a parent."""
 _BUSY = "it is busy with another migration"
 
 
@@ -112,7 +114,9 @@ class Receiver:
             check_own_proc()
             self._criu = await in_thread(find, self._options.criu)
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
+            if not self._path.exists():
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._path.chmod(_OPEN)
             if self._options.once and any(self._path.iterdir()):
                 raise ImagesDirInUse(f"{self._path} is not empty: choose another directory", path=self._path)
         except OSError as error:
@@ -277,6 +281,7 @@ class Receiver:
             path = self._path / str(max(map(int, numbered(self._path)), default=0) + 1)
             with suppress(FileExistsError):  # another receiver's, by now
                 path.mkdir(mode=0o700)
+                path.chmod(_OPEN)
                 return path
 
     async def _tell_outcome(self, talk: Conversation, said: dict[str, Any]) -> None:

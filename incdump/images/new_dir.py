@@ -14,6 +14,7 @@ made, are 0711, so that a child finds its parent.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from incdump.errors import BrokenChain, ImagesDirInUse, ImagesError, UnfinishedImages
+from incdump.errors import BrokenChain, ImagesDirInUse, ImagesError, ImagesIOError, UnfinishedImages
 from incdump.images.framing import Magic, create_file, frame, raise_io_error, write_file
 
 if TYPE_CHECKING:
@@ -94,6 +95,18 @@ class NewImagesDir:
             raise
         return new
 
+    @classmethod
+    def create_if_possible_for(
+        cls, path: str | os.PathLike[str], parent: str | None = None, owner: int | None = None
+    ) -> NewImagesDir:
+        """The same, but the caller's own where files cannot be given away."""
+        try:
+            return cls.create(path, parent, owner)
+        except ImagesIOError as error:
+            if owner is None or error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
+            return cls.create(path, parent)
+
     def _make(self, parent: str | None) -> None:
         missing = list(itertools.takewhile(lambda p: not os.path.lexists(p), (self.path, *self.path.parents)))
         for directory in reversed(missing):
@@ -155,6 +168,8 @@ class NewImagesDir:
         """Create a file; see `open_pages`."""
         try:
             fd = create_file(name, dir_fd=self._dir_fd, owner=self._owner)
+            if self._owner is not None:
+                self._share(fd, name)
         except FileExistsError as error:
             raise self._in_use(name) from error
         except OSError as error:
@@ -252,17 +267,17 @@ class NewImagesDir:
         self._made_files[name] = None
         try:
             if self._owner is not None:
-                self._give_away(source)
+                os.chown(source, self._owner, -1)
+                self._share(source, name)
             os.rename(source, name, dst_dir_fd=self._dir_fd)
         except OSError as error:
             del self._made_files[name]
             raise_io_error(error, "take over", source)
 
-    def _give_away(self, path: Path) -> None:
-        assert self._owner is not None
-        os.chown(path, self._owner, os.getegid(), follow_symlinks=False)
-        if _READ_BEFORE.fullmatch(path.name):
-            path.chmod(0o640)
+    def _share(self, file: int | Path, name: str) -> None:
+        if _READ_BEFORE.fullmatch(name):
+            os.chown(file, -1, os.getegid())
+            os.chmod(file, 0o640)
 
     def finish(self, inventory: bytes) -> None:
         """Write inventory.img: from now on the dump is whole.

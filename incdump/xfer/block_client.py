@@ -41,7 +41,7 @@ from incdump.xfer.compression import CodingChoice
 from incdump.xfer.sockets import SILENT, broken_server, hang_up, patiently, send_all, shut_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -199,7 +199,7 @@ class BlockClient:
         parent: str | None,
         compress: CompressionName,
         timeout: float,
-        migration: str | None = None,
+        more: Mapping[str, str | int] | None = None,
     ) -> None:
         """Agree on the terms. Blocks.
 
@@ -208,14 +208,15 @@ class BlockClient:
         :param channels: connections that are wanted.
         :param parent: the generation of the parent dump.
         :param timeout: seconds for which the server may take nothing, or not answer.
-        :param migration: the token of the migration that this is part of.
+        :param more: further terms: ``migration``, the token of the migration that this is part of; ``owner``, the
+            number of the user whose the images are to be.
         :raises XferError: the server has gone, or speaks another version.
         """
         self.server = server
         self._condition = threading.Condition()
         self._channels = [Channel(connection, server, timeout, CodingChoice("off", ON_THEIR_WAY, agreed=False))]
         try:
-            terms = self._agree(channels, parent, compress, migration)
+            terms = self._agree(channels, parent, compress, more or {})
             self.stands_on_parent = terms.get("parent") is True
             agreed = compression.LZ4 in terms.get("compression", ())
             if compress == "lz4" and not agreed:
@@ -236,12 +237,10 @@ class BlockClient:
         self._idle = list(self._channels)
 
     def _agree(
-        self, channels: int, parent: str | None, compress: CompressionName, migration: str | None
+        self, channels: int, parent: str | None, compress: CompressionName, more: Mapping[str, str | int]
     ) -> dict[str, Any]:
         codings = [] if compress == "off" else list(compression.available())
-        offer = {"version": VERSION, "channels": channels, "parent": parent, "compression": codings}
-        if migration is not None:
-            offer["migration"] = migration
+        offer = {"version": VERSION, "channels": channels, "parent": parent, "compression": codings, **more}
         first = self._channels[0]
         first.send_all(encode_terms(offer))
         (size,) = LENGTH.unpack(first.receive_all(LENGTH.size))

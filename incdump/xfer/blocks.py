@@ -7,7 +7,8 @@ answers `SPEAKS`, and both send their terms, a length and JSON::
     client    {"version": 1, "channels": 4, "compression": ["lz4"], "parent": "generation of the parent dump", or null}
     server    {"version": 1, "channels": 2, "compression": ["lz4"], "parent": true or false, "token": "hex"}
 
-A client that is part of a migration (`incdump.xfer.control`) also shows its token there, as ``migration``. The server's
+A client whose tree is in a user namespace says there as ``owner`` the number of the user whose the images are to be.
+One that is part of a migration (`incdump.xfer.control`) also shows its token there, as ``migration``. The server's
 ``parent`` says whether the images on which the server puts this session are those very ones. Then the client makes as
 many more connections as there are to be channels, each of which begins with `JOIN` and the token. From there on every
 channel has messages of a header and what it says is behind it::

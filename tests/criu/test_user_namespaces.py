@@ -17,6 +17,7 @@ from incdump.criu.program import find
 from incdump.engine.restore import HeldRestore
 from tests.command import incdump as command
 from tests.command import is_untouched
+from tests.criu.arrivals import receiving
 from tests.criu.contained import ROOT, ContainedTarget
 from tests.criu.criu import criu_path, dump, restore
 from tests.criu.namespaces import in_own_namespaces
@@ -162,6 +163,55 @@ def test_precopy_that_ends_in_a_checkpoint_is_restored(open_root: Path) -> None:
         target.quit()
 
 
+@in_own_namespaces
+def test_what_a_page_server_has_stored_is_restored(open_root: Path) -> None:
+    async def send(pid: int) -> None:
+        there = incdump.PageServer(open_root / "there")
+        async with there, anyio.create_task_group() as tasks:
+            tasks.start_soon(there.serve)
+            options = incdump.DumpOptions(page_server=(there.host, there.port), afterwards="killed")
+            await incdump.predump(pid, open_root / "here" / "1", options=options)
+            await incdump.checkpoint(
+                pid, open_root / "here" / "2", parent="../1", options=options, criu=str(criu_path())
+            )
+            tasks.cancel_scope.cancel()
+
+    with ContainedTarget(open_root, seed=12) as target:
+        anyio.run(send, target.pid)
+        target.reap()
+        for name in "12":
+            assert_private(open_root / "there" / name)
+        revive(target, open_root / "there" / "2", "criu")
+        target.quit()
+
+
+@in_own_namespaces
+def test_a_tree_migrates(open_root: Path) -> None:
+    with ContainedTarget(open_root, seed=13) as target:
+        arriving = open_root / "arriving"
+        options = ("--", *target.restore_options)
+        with receiving(arriving, *options) as there:
+            policy = incdump.PrecopyPolicy(downtime=1e-6, timeout=600, max_rounds=2)
+            run = partial(incdump.migrate, target.pid, "127.0.0.1", there.port, policy=policy, criu=str(criu_path()))
+            assert anyio.run(run).outcome == "runs"
+            report = there.migration()
+            target.restored(_seen_from_here(report["restored"]["pid"]))
+            target.check()
+            assert report["rounds"] > 1
+            for path in Path(report["images_dir"]).parent.iterdir():
+                assert_private(path)
+            target.quit()
+
+
+def _seen_from_here(pid: int) -> int:
+    """Process 1 of a container over there, by its number there."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        numbers = next(line for line in status.read_text().splitlines() if line.startswith("NSpid:")).split()
+        if numbers[2:] == [str(pid), "1"]:
+            return int(numbers[1])
+    raise AssertionError("it does not run there")
+
+
 # --- what could not be restored is refused while the tree runs -------------------------------------------------------
 
 
@@ -265,9 +315,9 @@ def test_a_restore_says_what_is_out_of_reach(open_root: Path) -> None:
 # --- what CRIU writes at a restore ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held", [False, True], ids=["at once", "held"])
+@pytest.mark.parametrize("by", ["library", "command", "held"])
 @in_own_namespaces
-def test_what_a_restore_writes_is_its_owners_alone(open_root: Path, held: bool) -> None:
+def test_what_a_restore_writes_is_its_owners_alone(open_root: Path, by: str) -> None:
     """From the first moment, in a directory that all may read, whatever the caller's umask is."""
     images = open_root / "images"
     images.mkdir()
@@ -279,8 +329,11 @@ def test_what_a_restore_writes_is_its_owners_alone(open_root: Path, held: bool) 
         checkpoint(target, images)
         os.umask(0)
         options = (*target.restore_options, "--action-script", str(script))
-        if held:
+        if by == "held":
             target.restored(anyio.run(_restore_held, images, options, target.pid))
+        elif by == "command":
+            done = command("restore", "-d", "--json", "-D", images, "--criu", criu_path(), "--", *options)
+            target.restored(done.json["pid"])
         else:
             run = partial(incdump.restore, images, criu=str(criu_path()), criu_options=options)
             target.restored(anyio.run(run).pid)

@@ -332,3 +332,26 @@ class TestKernelSaysNo:
             yield disk
         finally:
             subprocess.run(["umount", disk], check=True, capture_output=True)
+
+
+def test_where_files_cannot_be_given_away_nothing_is_left_or_they_stay_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS that takes root for nobody, say."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(ImagesIOError, match="Operation not permitted"):
+        NewImagesDir.create(tmp_path / "a" / "b", None, 100_000)
+    assert tree(tmp_path) == set()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ImagesIOError, match="Operation not permitted"):
+        NewImagesDir.create(tmp_path / "there", None, 100_000)
+    assert tree(tmp_path) == {"there"}
+    with NewImagesDir.create_if_possible_for(tmp_path / "c", None, 100_000) as images:
+        images.write_raw("pagemap-1.img", b"")
+        images.finish(INVENTORY)
+    assert (tmp_path / "c").stat().st_mode & 0o7777 == 0o700
+    assert (tmp_path / "c" / "pagemap-1.img").stat().st_uid == os.geteuid()
