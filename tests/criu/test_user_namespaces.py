@@ -19,7 +19,7 @@ from tests.command import incdump as command
 from tests.command import is_untouched
 from tests.criu.arrivals import receiving
 from tests.criu.contained import ROOT, ContainedTarget
-from tests.criu.criu import criu_path, dump, restore
+from tests.criu.criu import criu_path, dump, restorable_churn, restore
 from tests.criu.namespaces import in_own_namespaces
 
 if TYPE_CHECKING:
@@ -290,6 +290,19 @@ def test_parents_that_criu_made_are_refused_until_they_are_given_away(open_root:
         subprocess.run(["chown", "-R", str(ROOT), first], check=True)
         checkpoint(target, open_root / "2", "../1")
         revive(target, open_root / "2", "criu")
+        target.quit()
+
+
+@in_own_namespaces
+def test_a_namespace_without_a_root_is_refused_but_not_its_memory(open_root: Path) -> None:
+    """As in the sandboxes of browsers: CRIU would find out when the tree is gone."""
+    with restorable_churn(open_root, seed=14, ops="write", under=("unshare", "--user")) as target:
+        with pytest.raises(incdump.TargetUnsuitable, match="in which nobody of here is root"):
+            anyio.run(partial(incdump.checkpoint, target.pid, open_root / "1", criu=str(criu_path())))
+        assert is_untouched(target.pid)
+        assert not (open_root / "1").exists()
+        anyio.run(partial(incdump.dump, target.pid, open_root / "1"))
+        assert (open_root / "1").stat().st_mode & 0o7777 == 0o700
         target.quit()
 
 

@@ -102,8 +102,11 @@ def has_a_file() -> None:
 
 
 def has_a_users_namespace() -> None:
-    """In a user namespace."""
+    """In a user namespace, root being root there, that does not own its host name."""
+    assert libc.unshare(CLONE_NEWUTS) == 0
     assert libc.unshare(CLONE_NEWUSER) == 0
+    for name, text in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
+        Path(f"/proc/self/{name}").write_text(text)
 
 
 def has_a_nested_namespace() -> None:
