@@ -264,7 +264,7 @@ class CriuError(IncdumpError):
 
 
 class LeashUnusable(CriuError):
-    """CRIU cannot be held on a leash here; what was tried has changed nothing."""
+    """CRIU cannot be kept from the memory in this way here (`--way`); what was tried has changed nothing."""
 
 
 class DidNotConverge(IncdumpError):

@@ -159,8 +159,8 @@ way_option = click.option(
     type=click.Choice(WAYS),
     default="auto",
     show_default=True,
-    help="How CRIU is kept from the memory: on a leash (seccomp user notification), or by its own lazy dump, which "
-    "stops the tree for longer. auto: the first that can be used here.",
+    help="How CRIU is kept from the memory: on a leash (seccomp user notification), by a library that is loaded "
+    "into it, or by its own lazy dump, which stops the tree for longer. auto: the first that can be used here.",
 )
 criu_arguments = click.argument("criu_options", nargs=-1, type=click.UNPROCESSED, metavar="[-- CRIU-OPTION...]")
 

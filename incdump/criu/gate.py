@@ -7,7 +7,7 @@ complete and does not run yet (``post-restore``): if the script fails, CRIU ends
 The script here says that it was reached, and waits for a file lock. Who holds that lock is this process; the kernel
 takes it away from it however it ends. So the script never waits for nobody, and if what it finds then is no permission
 to go on, it fails. It also looks before CRIU has stopped anything (``pre-dump``) whether anybody holds the lock: a CRIU
-whose incdump is gone by then does not begin.
+whose incdump is gone by then does not begin. Nor does one that should have been heard of by then, and was not.
 
 Action scripts of the user's own are called by this one, after all that: at ``post-dump`` they find the images dir
 complete, which CRIU, that runs one script after the other and knows another directory, could not give them.
@@ -29,7 +29,7 @@ _SCRIPT = """\
 #!/bin/sh
 cd {place} || exit 1
 case "$CRTOOLS_SCRIPT_ACTION" in
-    pre-dump) exec > begun && ! flock --nonblock lock true ;;
+    pre-dump) exec > begun && test ! -e unheard && ! flock --nonblock lock true ;;
     post-dump|post-restore) exec > reached && flock lock true && test -e go ;;
 esac || exit 1
 """
@@ -45,16 +45,19 @@ class Gate:
     :param place: an empty directory for it, absolute; from where programs can be executed.
     :param images: where the images will be, absolute.
     :param scripts: the user's own, as shell commands, in the order in which they are to run.
+    :param is_heard_first: CRIU does not begin before `hear` was called.
     :ivar script: the action script's path.
     """
 
-    def __init__(self, place: Path, images: Path, scripts: Sequence[str] = ()) -> None:
+    def __init__(self, place: Path, images: Path, scripts: Sequence[str] = (), *, is_heard_first: bool = False) -> None:
         self._place = place
         self.script = place / "script"
         self._lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
             (place / "stay").touch(mode=0o600)
+            if is_heard_first:
+                (place / "unheard").touch(mode=0o600)
             text = _SCRIPT.format(place=shlex.quote(str(place)))
             if scripts:
                 text += _OTHERS.format(images=shlex.quote(str(images)))
@@ -64,6 +67,15 @@ class Gate:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def hear(self) -> None:
+        """CRIU has been heard of, and may begin. From any thread."""
+        (self._place / "unheard").unlink(missing_ok=True)
+
+    @property
+    def was_heard(self) -> bool:
+        """Whether `hear` was called, or need not be."""
+        return not (self._place / "unheard").exists()
 
     @property
     def begun(self) -> float:

@@ -195,7 +195,8 @@ _HINTS = (
     ),
     _Hint(
         r"suspending seccomp failed|Kernel doesn't support PTRACE_O_SUSPEND_SECCOMP",
-        "a process has a seccomp filter, which CRIU may not suspend from under one: use `--way lazy-pages`",
+        "a process has a seccomp filter, which CRIU may not suspend from under one: use `--way preload`, and start "
+        "incdump from where there is no filter (grep Seccomp /proc/self/status says 0)",
     ),
     _Hint(
         r"cpu: .*(do not match run time|not supported on host|mismatch|unsupported)",

@@ -16,7 +16,6 @@ import fcntl
 import os
 import re
 import select
-import signal
 import socket
 import struct
 import subprocess
@@ -29,6 +28,7 @@ from incdump._uapi import seccomp
 from incdump._uapi.arch import ARCH
 from incdump._uapi.pagemap_scan import PAGEMAP_SCAN
 from incdump.criu import leashed
+from incdump.criu.held import HeldCriu
 from incdump.criu.program import UMASK, own_file, spare
 from incdump.errors import LeashUnusable
 from incdump.model.regions import PageIs
@@ -48,7 +48,7 @@ _LAST_KNOWN = (4, 2)
 """Later versions may use other lines of smaps."""
 
 
-class LeashedCriu:
+class LeashedCriu(HeldCriu):
     """A CRIU that is running, its scans being answered by a thread of its own.
 
     :param command: the program and its arguments.
@@ -56,8 +56,6 @@ class LeashedCriu:
     :param on_scan: called in that thread at the first scan of another process's memory, which ends after `go_on`.
     :param on_end: called there when nothing of CRIU runs any more.
     :param stderr: a file that takes what it says there.
-    :ivar scanned: the other processes whose memory it has scanned; it has looked at their mappings before.
-    :ivar told: the processes of which it was told the mappings.
     :raises incdump.errors.LeashUnusable: there is no user notification to be had for it.
     """
 
@@ -69,12 +67,8 @@ class LeashedCriu:
         on_end: Callable[[], None],
         stderr: Path,
     ) -> None:
-        self._mappings = mappings
-        self._on_scan = on_scan
+        super().__init__(mappings, on_scan)
         self._on_end = on_end
-        self._may_go_on = threading.Event()
-        self.scanned: set[int] = set()
-        self.told: set[int] = set()
         calls = [(ARCH.sys_ioctl, PAGEMAP_SCAN)] + ([] if mappings is None else [(ARCH.sys_fcntl, fcntl.F_SETFD)])
         ours, theirs = socket.socketpair()
         with ours, theirs, own_file(stderr) as said, starting():
@@ -117,38 +111,6 @@ class LeashedCriu:
         why = os.strerror(number) if number else "its launcher ended"
         raise LeashUnusable(f"CRIU cannot be held on a leash (seccomp user notification: {why})", errno=number)
 
-    def go_on(self) -> None:
-        """Its first scan may end, or end at once when it comes."""
-        self._may_go_on.set()
-
-    def has_ended_within(self, seconds: float) -> bool:
-        """Wait for its end for some time. Blocks."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def wait(self) -> int:
-        """Wait until it has ended. Blocks.
-
-        :returns: its exit status; negative for a signal.
-        """
-        self._thread.join()
-        return self._process.wait()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not ended yet, as far as is known."""
-        return self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._process.pid
-
-    def ask_to_end(self) -> None:
-        """Send it SIGTERM. Only before it has touched the tree: a process that it works on does not survive its end."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
     def _serve(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -179,10 +141,7 @@ class LeashedCriu:
         if pid is None:
             seccomp.let_through(self._listener, notification)
             return
-        self.scanned.add(pid)
-        if not self._may_go_on.is_set():
-            self._on_scan()
-            self._may_go_on.wait()
+        self._hold(pid)
         try:
             with open(f"/proc/{notification.pid}/mem", "r+b", buffering=0) as memory:
                 if not seccomp.is_waiting(self._listener, notification):

@@ -12,8 +12,9 @@
     take over CRIU's images, inventory last
     open the gate ─────────────────────────▶ kill the tree, or let it go on
 
-Where CRIU cannot be held on a leash it makes a lazy dump (`incdump.criu.lazy`): the same, but incdump begins only when
-CRIU stands at the gate, and the tree is stopped for longer.
+Where CRIU cannot be held on a leash, as with a process that has a seccomp filter, a library that is loaded into it does
+the same (`incdump.criu.preloaded`). Where that cannot be had either it makes a lazy dump (`incdump.criu.lazy`): incdump
+begins only when CRIU stands at the gate, and the tree is stopped for longer.
 
 CRIU works in a directory of its own inside the images dir, and its images are renamed into place while it waits at the
 gate (`incdump.criu.gate`): so there is no moment at which a crash leaves something that looks like a checkpoint and has
@@ -37,9 +38,11 @@ from typing import TYPE_CHECKING
 import anyio
 
 from incdump.criu.gate import Gate
+from incdump.criu.held import HeldCriu
 from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu, uses_short_smaps
 from incdump.criu.options import FREEZE_CGROUP, is_given, refuse_scripts_in_files, take_scripts
+from incdump.criu.preloaded import PreloadedCriu
 from incdump.criu.program import SECCOMP_REFUSED, failure, find, last_errors
 from incdump.criu.progress import Progress
 from incdump.engine.dump import DumpRun
@@ -62,7 +65,7 @@ from incdump.images.new_dir import INVENTORY
 from incdump.images.pagemap import decode_in_parts, decode_pagemap
 from incdump.images.stats import decode_stats, encode_stats
 from incdump.model.arguments import check_arguments
-from incdump.model.options import DumpOptions
+from incdump.model.options import WAYS, DumpOptions
 from incdump.model.runs import PAGE_SIZE, present_entries
 from incdump.model.stats import CheckpointTimes
 from incdump.page_pipe import CHUNK_PAGES
@@ -133,8 +136,8 @@ async def checkpoint(
     :param options: ``options.afterwards`` says what becomes of the tree; left out, it is killed, as ``criu dump`` does.
     :param criu: CRIU's program, 4.1 or later; None: where it is installed.
     :param criu_options: further options for ``criu dump``.
-    :param way: how CRIU is kept from the memory: ``"leash"``, ``"lazy-pages"``, or ``"auto"``: the first of these that
-        can be used.
+    :param way: how CRIU is kept from the memory: ``"leash"``, ``"preload"``, ``"lazy-pages"``, or ``"auto"``: the first
+        of these that can be used.
     :raises incdump.InvalidOption: an argument cannot be; nothing was begun.
     :raises incdump.errors.CriuError: CRIU is missing, too old, refused the tree or failed; its reason is in the text.
     :raises incdump.IncdumpError: as for `incdump.dump`. The tree runs on, no images are left.
@@ -225,9 +228,12 @@ class CheckpointRun(DumpRun):
 
         :raises incdump.errors.LeashUnusable: the only one that may be tried cannot be had.
         """
-        ways: tuple[WayName, ...] = ("leash", "lazy-pages") if self._way == "auto" else (self._way,)
+        ways: tuple[WayName, ...] = WAYS[1:] if self._way == "auto" else (self._way,)
         self._times.why = "it stops the tree least" if self._way == "auto" else "as asked for"
+        why: list[LeashUnusable] = []
         for way in ways:
+            if way == "preload" and why and isinstance(why[-1], _NoScans):
+                continue  # it would be answered as little
             self._times.way = way
             try:
                 if way == "leash":
@@ -236,9 +242,11 @@ class CheckpointRun(DumpRun):
             except LeashUnusable as error:
                 if way == ways[-1]:
                     raise
-                self._times.why = str(error)
-                self._warn(f"{error}: it makes a lazy dump, for which the tree is stopped longer")
+                why.append(error)
+                self._times.why = "; ".join(map(str, why))
             else:
+                if why and way == "lazy-pages":
+                    self._warn(f"{self._times.why}: it makes a lazy dump, for which the tree is stopped longer")
                 return
 
     def _refuse_frozen(self) -> None:
@@ -299,7 +307,7 @@ class CheckpointRun(DumpRun):
         place = images.make_subdir(SUBDIR)
         self._tell("freezing")
         options, scripts = take_scripts(self._criu_options)
-        gate = Gate(images.make_subdir(GATE), images.path, scripts)
+        gate = Gate(images.make_subdir(GATE), images.path, scripts, is_heard_first=way == "preload")
         self._guard = guard = StallGuard(self._options.stall_timeout, self._let_tree_go)
         try:
             command, said = self._command(images.path, place, gate, options), place / STDERR
@@ -336,9 +344,9 @@ class CheckpointRun(DumpRun):
             if way == "lazy-pages":  # CRIU's own times of such a dump mean nothing
                 self._stats.frozen_time = int((time.time() - gate.begun) * 1e6)
         except _CriuEnded as ended:
-            if way == "leash" and not run.scanned and SECCOMP_REFUSED in last_errors(place / LOG):
+            if (why := run.why_unusable(last_errors(place / LOG))) is not None:
                 images.remove_subdirs()
-                raise LeashUnusable("CRIU cannot be held on a leash (a process has got a seccomp filter)") from None
+                raise LeashUnusable(why) from None
             self._check_stands()
             raise self._failed(place, ended.status) from None
         finally:
@@ -471,7 +479,7 @@ class CheckpointRun(DumpRun):
             self._warn(f"{error}; the images are complete")
         elif self._options.afterwards != "killed":
             self._commit()
-        if self._times.way == "leash":
+        if self._times.way != "lazy-pages":
             self._take_over_times(images.path / "stats-dump")
         self._count_segments(images.path)
         self._stats.stopped_time += self._stats.freezing_time + self._stats.frozen_time
@@ -508,6 +516,10 @@ class _CriuEnded(Exception):
         self.status = status
 
 
+class _NoScans(LeashUnusable):
+    """CRIU has dumped the memory itself, without a scan that could be answered."""
+
+
 class _Run:
     """CRIU's run, as the event loop sees it."""
 
@@ -533,16 +545,18 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._scanned = asyncio.Event()
         self._ended = asyncio.Event()
-        self._criu: LeashedCriu | LazyCriu | None = None
+        self._criu: HeldCriu | LazyCriu | None = None
 
     def start(self) -> None:
         """Start it. Blocks.
 
-        :raises incdump.errors.LeashUnusable: it cannot be held on a leash.
+        :raises incdump.errors.LeashUnusable: it cannot be held on a leash, there is no library for it.
         """
+        events = self._tell(self._scanned), self._tell(self._ended)
         if self._way == "leash":
-            events = self._tell(self._scanned), self._tell(self._ended)
             self._criu = LeashedCriu(self._command, self._mappings, *events, self._stderr)
+        elif self._way == "preload":
+            self._criu = PreloadedCriu(self._command, self._mappings, self._gate.hear, *events, self._stderr)
         else:
             self._criu = LazyCriu(self._command, self._version, self._tell(self._ended), self._stderr)
         self._progress = Progress(self._criu.pid)
@@ -562,24 +576,36 @@ class _Run:
     async def until_frozen(self) -> None:
         """Wait until the tree is frozen, and CRIU does not touch the memory any more.
 
-        :raises incdump.errors.LeashUnusable: CRIU has dumped the memory itself, it did not heed the leash.
+        :raises incdump.errors.LeashUnusable: CRIU has dumped the memory itself, without such scans.
         :raises incdump.errors.CriuError: CRIU gets no further.
         :raises _CriuEnded: CRIU has ended instead.
         """
-        while self._way == "leash" and not self._scanned.is_set() and not self._ended.is_set():
+        while isinstance(self._criu, HeldCriu) and not self._scanned.is_set() and not self._ended.is_set():
             with suppress(TimeoutError):
                 await asyncio.wait_for(_first_of(self._scanned, self._ended), _GATE_POLL)
             self._check_progress()
-            if self._gate.is_reached and isinstance(self._criu, LeashedCriu) and not self._criu.scanned:
-                raise LeashUnusable(
-                    "CRIU cannot be held on a leash (it looks for pages otherwise than by PAGEMAP_SCAN)"
-                )
+            if self._gate.is_reached and not self._criu.scanned:
+                raise _NoScans("CRIU's scans cannot be answered (it looks for pages otherwise than by PAGEMAP_SCAN)")
         if not self._scanned.is_set():
             await self.until_gate()
 
+    def why_unusable(self, errors: str) -> str | None:
+        """Why nothing has come of it, where that is for the way in which it was held.
+
+        :param errors: what CRIU, that has ended, logged as errors.
+        """
+        if self._way == "leash" and not self.scanned and SECCOMP_REFUSED in errors:
+            return "CRIU cannot be held on a leash (a process has got a seccomp filter)"
+        if self._gate.has_begun and not self._gate.was_heard:
+            return (
+                "CRIU does not load the library that would answer its scans (it is linked statically, or started by "
+                "something that does not pass the environment and open files on)"
+            )
+        return None
+
     def go_on(self) -> None:
-        """The first scan of a CRIU on a leash may end."""
-        if isinstance(self._criu, LeashedCriu):
+        """The first scan of a CRIU whose scans are answered may end."""
+        if isinstance(self._criu, HeldCriu):
             self._criu.go_on()
 
     async def until_gate(self) -> None:
@@ -607,13 +633,13 @@ class _Run:
 
     @property
     def scanned(self) -> set[int]:
-        """The processes that a CRIU on a leash has scanned. One that is on none has been at all of them by now."""
-        return self._criu.scanned if isinstance(self._criu, LeashedCriu) else set()
+        """The processes that a CRIU has scanned that is answered. One that is not has been at all of them by now."""
+        return self._criu.scanned if isinstance(self._criu, HeldCriu) else set()
 
     @property
     def told(self) -> set[int]:
         """The processes of which CRIU was told the mappings."""
-        return self._criu.told if isinstance(self._criu, LeashedCriu) else set()
+        return self._criu.told if isinstance(self._criu, HeldCriu) else set()
 
     @property
     def is_running(self) -> bool:
@@ -651,8 +677,8 @@ class _Run:
             return await in_thread(self._end, self._criu, bounded)
         raise AssertionError  # a shielded scope swallows nothing
 
-    def _end(self, criu: LeashedCriu | LazyCriu, bounded: bool) -> int | None:
-        if bounded and isinstance(criu, LeashedCriu) and not self._gate.has_begun:
+    def _end(self, criu: HeldCriu | LazyCriu, bounded: bool) -> int | None:
+        if bounded and isinstance(criu, HeldCriu) and not self._gate.has_begun:
             criu.ask_to_end()
         while not criu.has_ended_within(_GATE_POLL):
             if bounded and self._idle() > _IDLE_AT_END:

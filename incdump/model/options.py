@@ -12,14 +12,14 @@ TrackerName: TypeAlias = Literal["auto", "uffd-wp", "soft-dirty", "content"]
 PagemapName: TypeAlias = Literal["auto", "plain", "cache", "scan"]
 Afterwards: TypeAlias = Literal["running", "stopped", "killed"]
 ThpName: TypeAlias = Literal["split", "keep"]
-WayName: TypeAlias = Literal["auto", "leash", "lazy-pages"]
+WayName: TypeAlias = Literal["auto", "leash", "preload", "lazy-pages"]
 ProtocolName: TypeAlias = Literal["auto", "criu"]
 CompressionName: TypeAlias = Literal["auto", "off", "lz4"]
 
 AFTERWARDS: tuple[Afterwards, ...] = ("running", "stopped", "killed")
 THP: tuple[ThpName, ...] = ("split", "keep")
 TRACKERS: tuple[TrackerName, ...] = ("auto", "uffd-wp", "soft-dirty", "content")
-WAYS: tuple[WayName, ...] = ("auto", "leash", "lazy-pages")
+WAYS: tuple[WayName, ...] = ("auto", "leash", "preload", "lazy-pages")
 PROTOCOLS: tuple[ProtocolName, ...] = ("auto", "criu")
 COMPRESSIONS: tuple[CompressionName, ...] = ("auto", "off", "lz4")
 PAGEMAPS: tuple[PagemapName, ...] = ("auto", "plain", "cache", "scan")

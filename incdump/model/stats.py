@@ -67,12 +67,12 @@ class DumpStats:
 class CheckpointTimes:
     """How a checkpoint divides, microseconds.
 
-    :ivar way: how CRIU was kept from the memory: ``"leash"`` or ``"lazy-pages"``.
+    :ivar way: how CRIU was kept from the memory: ``"leash"``, ``"preload"`` or ``"lazy-pages"``.
     :ivar why: why that way.
     :ivar mappings: ``"told by incdump"``; or ``"read by CRIU"`` and why: that takes longer the more memory there is.
-    :ivar before_scan: from the start of CRIU until incdump could begin: on the leash the tree is frozen, and CRIU looks
-        for the first pages; by lazy pages it has done all its work.
-    :ivar memory: incdump's scan and copy, the tree frozen; on the leash CRIU is at work beside it.
+    :ivar before_scan: from the start of CRIU until incdump could begin: the tree is frozen, and CRIU looks for the
+        first pages; by lazy pages it has done all its work.
+    :ivar memory: incdump's scan and copy, the tree frozen; but by lazy pages CRIU is at work beside it.
     :ivar waited: from there until CRIU had written all else.
     :ivar in_place: from there until the images were complete, the tree still frozen.
     """

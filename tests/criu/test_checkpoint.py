@@ -24,7 +24,7 @@ from incdump.engine.checkpoint import CheckpointRun
 from incdump.tracking.uffd_wp import UffdWpRound
 from tests import oracle
 from tests.command import incdump as command
-from tests.command import run_python
+from tests.command import is_untouched, run_python
 from tests.criu.criu import criu_path, restorable_churn, revive
 from tests.criu.namespaces import in_own_namespaces
 from tests.kernel.support import of_forced_tracker as forced
@@ -73,7 +73,7 @@ def prove_next(target: RestorableTarget, images: Path, parent: str) -> None:
     target.check()
 
 
-WAYS: list[WayName] = ["leash", "lazy-pages"]
+WAYS: list[WayName] = ["leash", "preload", "lazy-pages"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -231,7 +231,7 @@ def test_while_criu_looks_at_mappings_none_begin_to_be_watched(images_root: Path
 
 
 @in_own_namespaces
-def test_where_somebody_listens_to_system_calls_already_criu_makes_a_lazy_dump(images_root: Path) -> None:
+def test_where_somebody_listens_to_system_calls_already_criu_is_held_otherwise(images_root: Path) -> None:
     with restorable_churn(images_root, seed=16, threads=2, processes=2) as target:
         predump(target, images_root / "1")
         target.step(50)
@@ -244,7 +244,7 @@ def test_where_somebody_listens_to_system_calls_already_criu_makes_a_lazy_dump(i
         done = run_python(*listened_to, "-D", images_root / "2")
         assert done.code == 0, done
         assert done.json["incremental"]
-        assert done.json["checkpoint"]["way"] == "lazy-pages"
+        assert done.json["checkpoint"]["way"] == "preload"
         assert "busy" in done.json["checkpoint"]["why"]
         assert done.json["frozen_time"] > 0
         revive(target, images_root / "2")
@@ -261,11 +261,14 @@ def test_a_criu_that_does_not_scan_makes_a_lazy_dump(images_root: Path) -> None:
     with restorable_churn(images_root, seed=17, threads=2, processes=2) as target:
         predump(target, images_root / "1")
         target.step(50)
+        with pytest.raises(incdump.CriuError, match="PAGEMAP_SCAN"):
+            checkpoint(target, images_root / "none", "../1", criu=wrapped, way="preload")
+        assert is_untouched(target.pid)
         result = checkpoint(target, images_root / "2", "../1", criu=wrapped)
         assert result.incremental
         assert result.checkpoint is not None
         assert result.checkpoint.way == "lazy-pages"
-        assert any("leash" in warning for warning in result.warnings)
+        assert any("PAGEMAP_SCAN" in warning for warning in result.warnings)
         revive(target, images_root / "2")
         target.quit()
 

@@ -51,8 +51,9 @@ def test_a_process_under_a_seccomp_filter_is_checkpointed_in_another_way(images_
         result = checkpoint(target, images_root / "2", "../1")
         assert result.incremental
         assert result.checkpoint is not None
-        assert result.checkpoint.way == "lazy-pages"
+        assert result.checkpoint.way == "preload"
         assert "has a seccomp filter" in result.checkpoint.why
+        assert not result.warnings
         revive(target, images_root / "2")
         assert confinement.filtered(process_tree(target.pid)) == target.pid
         target.quit()
@@ -64,7 +65,7 @@ def test_a_filter_that_appears_after_the_look_leads_to_the_other_way_too(images_
         patch.setattr("incdump.engine.checkpoint.filtered", lambda _: None)
         result = checkpoint(target, images_root / "1")
         assert result.checkpoint is not None
-        assert result.checkpoint.way == "lazy-pages"
+        assert result.checkpoint.way == "preload"
         revive(target, images_root / "1")
         target.quit()
 
@@ -80,7 +81,7 @@ def test_precopy_takes_a_way_and_finds_one(images_root: Path) -> None:
         options = ("--downtime", "10s", "--final", "checkpoint", "-R", "--json", "--criu", criu_path())
         done = command("precopy", "-t", target.pid, "-D", images_root / "rounds", *options)
         assert done.code == 0, done
-        assert '"way": "lazy-pages"' in done.out
+        assert '"way": "preload"' in done.out
         target.check()
         target.quit()
 
@@ -194,7 +195,7 @@ async def checkpoint_frozen(target: RestorableTarget, images: Path, way: WayName
 
 
 @pytest.mark.parametrize("cancel", [False, True], ids=["out of time", "cancelled"])
-@pytest.mark.parametrize("way", ["leash", "lazy-pages"])
+@pytest.mark.parametrize("way", ["leash", "preload", "lazy-pages"])
 @in_own_namespaces
 def test_a_tree_that_is_frozen_after_the_look_outlives_criu(images_root: Path, way: WayName, cancel: bool) -> None:
     """CRIU waits for its first call in a process; to end it then would be that process's end, by SIGTRAP."""
@@ -227,7 +228,7 @@ def _command_line(pid: int) -> bytes:
 # --- files, scripts, logs ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["leash", "lazy-pages"])
+@pytest.mark.parametrize("way", ["leash", "preload", "lazy-pages"])
 @in_own_namespaces
 def test_a_checkpoint_is_its_owners_alone_from_the_first_moment(images_root: Path, way: WayName) -> None:
     """In a directory that was there before, and that all may enter."""

@@ -177,7 +177,7 @@ def test_at_a_checkpoint_the_tree_goes_on_and_the_next_one_is_right(images_root:
     with restorable_churn(images_root, seed=125, processes=2, mib=16) as target:
         target.step(20)
         assert command.predump(target, images_root / "1").code == 0
-        for number, way in enumerate(("leash", "lazy-pages")):
+        for number, way in enumerate(("leash", "preload", "lazy-pages")):
             target.step(20)
             images = images_root / f"broken-{number}"
             options = ("--prev-images-dir", "../1", "--way", way, "--criu", criu_path())

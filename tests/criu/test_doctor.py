@@ -129,7 +129,7 @@ def test_what_criu_says_on_stdout_is_told_too(tmp_path: Path) -> None:
     assert why is not None
     assert f"on a child process (dump): {says}; hint: CRIU cannot do this as this user" in why
     with restorable_churn(tmp_path, mib=1) as target:
-        for way in ("leash", "lazy-pages"):
+        for way in ("leash", "preload", "lazy-pages"):
             options = ("-t", target.pid, "-D", tmp_path / "1", "--criu", lacking, "--way", way)
             done = command("checkpoint", *options)
             assert done.code == 7, done

@@ -49,7 +49,7 @@ class BusyPython(Service):
 @in_own_namespaces
 def test_every_thread_of_a_python_program_finds_what_it_left(images_root: Path) -> None:
     with BusyPython(images_root / "python") as service:
-        for way in ("leash", "lazy-pages"):
+        for way in ("leash", "preload", "lazy-pages"):
             for _ in range(3):
                 service.predump()
                 service.work()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
@@ -26,6 +27,9 @@ from tests.criu.criu import RestorableTarget, criu_path, restorable_churn, reviv
 from tests.criu.namespaces import in_own_namespaces
 from tests.criu.services import criu_for_sockets
 from tests.criu.test_checkpoint import checkpoint, predump, prove_next, until_criu_has_ended
+
+if TYPE_CHECKING:
+    from incdump.model.options import WayName
 
 pytestmark = [
     pytest.mark.kernel,
@@ -69,9 +73,10 @@ def told(result: incdump.DumpResult) -> str:
     return result.checkpoint.mappings
 
 
+@pytest.mark.parametrize("way", ["leash", "preload"])
 @pytest.mark.parametrize("criu", [criu_path, criu_for_sockets])
 @in_own_namespaces
-def test_restored_mappings_have_their_flags(images_root: Path, criu: object) -> None:
+def test_restored_mappings_have_their_flags(images_root: Path, criu: object, way: WayName) -> None:
     assert callable(criu)
     path: Path = criu()
     with advised(images_root) as target:
@@ -80,7 +85,7 @@ def test_restored_mappings_have_their_flags(images_root: Path, criu: object) -> 
         seen = set().union(*before.values())
         assert {"sh", "lo", "rr", "sr", "dc", "dd", "hg", "nh"} <= seen
         predump(target, images_root / "1")
-        result = checkpoint(target, images_root / "2", "../1", criu=path, way="leash")
+        result = checkpoint(target, images_root / "2", "../1", criu=path, way=way)
         assert told(result) == "told by incdump"
         target.reap()
         anyio.run(partial(incdump.restore, images_root / "2", criu=str(path)))
@@ -89,16 +94,17 @@ def test_restored_mappings_have_their_flags(images_root: Path, criu: object) -> 
         target.quit()
 
 
+@pytest.mark.parametrize("way", ["leash", "preload"])
 @pytest.mark.parametrize("criu", [criu_path, criu_for_sockets])
 @in_own_namespaces
-def test_crius_images_are_what_they_are_when_it_reads_smaps(images_root: Path, criu: object) -> None:
+def test_crius_images_are_what_they_are_when_it_reads_smaps(images_root: Path, criu: object, way: WayName) -> None:
     """None of its lines but those that it is told is of any use to CRIU."""
     assert callable(criu)
     with advised(images_root) as target, pytest.MonkeyPatch.context() as patch:
         images: list[dict[str, bytes]] = []
         for name, big in (("read", 1 << 40), ("told", 0)):
             patch.setattr(engine, "_BIG", big)
-            result = checkpoint(target, images_root / name, afterwards="running", criu=criu(), way="leash")
+            result = checkpoint(target, images_root / name, afterwards="running", criu=criu(), way=way)
             assert told(result).startswith(name)
             mine = (images_root / name).glob("*.img")
             images.append({path.name: path.read_bytes() for path in mine if path.name.startswith(("mm-", "files"))})
@@ -175,8 +181,9 @@ def test_what_criu_is_told_is_what_it_would_have_read(images_root: Path) -> None
 # --- where it cannot be, or may not be --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", ["leash", "preload"])
 @in_own_namespaces
-def test_in_any_doubt_criu_reads_smaps_itself(images_root: Path) -> None:
+def test_in_any_doubt_criu_reads_smaps_itself(images_root: Path, way: WayName) -> None:
     def doubt(self: ShortSmaps, pid: int) -> bytes:
         raise OSError(0, "who knows")
 
@@ -184,7 +191,7 @@ def test_in_any_doubt_criu_reads_smaps_itself(images_root: Path) -> None:
         patch.setattr(ShortSmaps, "read", doubt)
         predump(target, images_root / "1")
         target.step(100)
-        result = checkpoint(target, images_root / "2", "../1")
+        result = checkpoint(target, images_root / "2", "../1", way=way)
         assert told(result) == f"read by CRIU of {len(result.pids)} processes"
         revive(target, images_root / "2")
         target.quit()

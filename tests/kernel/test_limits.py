@@ -19,6 +19,7 @@ import pytest
 import incdump
 from incdump.criu.lazy import LazyCriu
 from incdump.criu.leash import LeashedCriu
+from incdump.criu.preloaded import PreloadedCriu
 from incdump.errors import HolderError, ResourceLimit
 from incdump.freeze.tracer import TracerThread
 from incdump.holder import wire
@@ -28,6 +29,8 @@ from tests.kernel.support import holder_pid, kill_holder, require_root, require_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from incdump.criu.held import HeldCriu
 
 pytestmark = [pytest.mark.kernel]
 
@@ -237,13 +240,15 @@ def _no_thread(_self: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-@pytest.mark.parametrize("way", ["leash", "lazy"])
+@pytest.mark.parametrize("way", ["leash", "preload", "lazy"])
 def test_a_criu_that_nobody_could_watch_is_not_left_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    def start(command: list[str]) -> LeashedCriu | LazyCriu:
+    def start(command: list[str]) -> HeldCriu | LazyCriu:
         if way == "leash":
             return LeashedCriu(command, None, lambda: None, lambda: None, tmp_path / "stderr")
+        if way == "preload":
+            return PreloadedCriu(command, None, lambda: None, lambda: None, lambda: None, tmp_path / "stderr")
         return LazyCriu(command, (4, 1, 1), lambda: None, tmp_path / "stderr")
 
     command = ["sh", "-c", "exec sleep 1000", "sh"]

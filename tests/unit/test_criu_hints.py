@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         ("cg: cgroupd: Can't move thread 7 into pids/x", "-- --manage-cgroups=ignore"),
         ("One of more action scripts failed", "flock"),
         ("Pre dump script failed with 256!", "an action script"),
-        ("suspending seccomp failed: Operation not permitted", "--way lazy-pages"),
+        ("suspending seccomp failed: Operation not permitted", "--way preload"),
         ("cpu: FPU feature required by image is not supported on host (fpu:1 fxsr:1", "-- --cpu-cap none"),
         ("cpu: CPU xsave size mismatch (7/8)", "-- --cpu-cap none"),
         ("CRIU needs to have the CAP_SYS_ADMIN or the CAP_CHECKPOINT_RESTORE capability: ", "as root"),
