@@ -234,6 +234,10 @@ def test_a_criu_that_does_not_load_it_is_found_out_before_the_tree_is_touched(im
             checkpoint(target, images_root / "2", "../1", criu=criu, way="preload")
         assert is_untouched(target.pid)
         assert not (images_root / "2").exists()
+        if kind == "without descriptors":  # a lazy dump needs one as well
+            target.check()
+            target.quit()
+            return
         result = checkpoint(target, images_root / "2", "../1", criu=criu)
         assert way(result) == "lazy-pages"
         assert any("does not load the library" in warning for warning in result.warnings)
