@@ -58,7 +58,9 @@ def checkpoint(
     criu_options: tuple[str, ...] = (),
     way: WayName = "auto",
 ) -> incdump.DumpResult:
-    options = forced(incdump.DumpOptions(afterwards=afterwards))
+    # One is to have another on top of it.
+    track_for = None if afterwards == "killed" else 3600
+    options = forced(incdump.DumpOptions(afterwards=afterwards, track_for=track_for))
     call = partial(incdump.checkpoint, target.pid, images, parent=parent, options=options, way=way)
     return anyio.run(partial(call, criu=str(criu or criu_path()), criu_options=criu_options))
 

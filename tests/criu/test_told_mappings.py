@@ -274,6 +274,7 @@ def test_incdump_is_killed_whenever_criu_waits_for_it_and_the_tree_runs_on(image
     with restorable_churn(images_root, seed=24, threads=2, processes=2, ops="write,zero,map,free,brk,stack") as target:
         predump(target, images_root / "0")
         number = 0
+        lasting = ["-R", "--track-for", "1h", "--criu", str(criu_path())]
         while True:
             number += 1
             assert number < 40
@@ -281,7 +282,7 @@ def test_incdump_is_killed_whenever_criu_waits_for_it_and_the_tree_runs_on(image
             images = images_root / f"{number}-killed"
             arguments = ["checkpoint", "-t", str(target.pid), "-D", str(images), "--prev-images-dir", "../0"]
             done = subprocess.run(
-                [sys.executable, "-c", KILLED_AT, str(number), where, *arguments, "-R", "--criu", str(criu_path())],
+                [sys.executable, "-c", KILLED_AT, str(number), where, *arguments, *lasting],
                 env=environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
