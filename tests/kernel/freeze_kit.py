@@ -171,15 +171,20 @@ def tracer_of(pid: int) -> int:
 
 
 class Victims:
-    """Compiles and starts victims, and ends them all."""
+    """Compiles and starts victims, and ends them all.
+
+    They are compiled once a session: beside the directory of the test.
+    """
 
     def __init__(self, where: Path) -> None:
         self._where = where
+        self._binaries = where.parent / "victims"
+        self._binaries.mkdir(exist_ok=True)
         self._started: list[Victim] = []
 
     def __call__(self, name: str, *arguments: object) -> Victim:
         """Start victims/freeze_NAME.c."""
-        binary = self._where / name
+        binary = self._binaries / name
         if not binary.exists():
             try:
                 compiler = build.compiler()
