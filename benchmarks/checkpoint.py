@@ -159,7 +159,7 @@ def _compare(
     first = bench.predump(target)
     try:
         write()
-        options = incdump.DumpOptions(afterwards="running")
+        options = incdump.DumpOptions(afterwards="running", track_for=3600)
         images = bench.new_dir()
         call = partial(incdump.checkpoint, target.pid, images, parent=first.images_dir, options=options)
         result = anyio.run(partial(call, criu=criu, way=way))
