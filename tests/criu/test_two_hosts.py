@@ -47,7 +47,7 @@ def checkpoint(
     way: WayName = "auto",
     progress: Callable[[str, DumpStats], None] | None = None,
 ) -> DumpResult:
-    options = replace(options, afterwards=afterwards)
+    options = replace(options, afterwards=afterwards, track_for=None if afterwards == "killed" else 3600)
     call = partial(incdump.checkpoint, target.pid, images, parent=parent, options=options, way=way, progress=progress)
     return anyio.run(partial(call, criu=str(criu_path())))
 
