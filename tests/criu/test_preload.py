@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import incdump
+from incdump._uapi.arch import ARCH
 from incdump.criu import preload_library, preloaded
 from incdump.criu.preloaded import PreloadedCriu
 from incdump.errors import LeashUnusable
@@ -37,7 +38,7 @@ from tests.criu.test_checkpoint import (
 from tests.criu.test_migrate import TWO_ROUNDS, migrate, runs_there
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -385,6 +386,52 @@ def test_it_is_compiled_once_and_only_ones_own_is_taken(tmp_path: Path, monkeypa
     assert len(compiled) == 5
     assert preload_library.preload_library() == first
     assert len(compiled) == 5
+
+
+ASKER = Path(__file__).with_name("asker.c")
+
+
+def ask(place: Path, mappings: Callable[[int], bytes] | None, other: int) -> dict[str, str]:
+    """What comes of a program's calls that has the library in it. It may go on at once."""
+    program, said = place / "asker", place / "said"
+    subprocess.run(["cc", "-rdynamic", "-Wall", "-Werror", "-o", program, ASKER], check=True)
+    command = ["sh", "-c", 'cd "$2" && "$0" "$1"', str(program), str(other), str(place)]
+    asking = PreloadedCriu(command, mappings, lambda: None, lambda: None, lambda: None, said)
+    asking.go_on()
+    assert asking.wait() == 0
+    assert asking.scanned == {other}
+    return dict(line.split("=", 1) for line in said.read_text().splitlines())
+
+
+def test_it_answers_what_it_should_and_leaves_the_rest_to_the_kernel(tmp_path: Path) -> None:
+    told = ask(tmp_path, lambda pid: b"%08d text" % pid, os.getpid())
+    everything, kernels = f"0,0,{ARCH.task_size}", "0,0,4096"
+    assert told == {
+        "preload": "",
+        "smaps of another": f"{os.getpid():08}",
+        "smaps of its own": told["smaps of its own"],
+        "status": "Name:\t" + Path("/proc/self/comm").read_text()[:2],
+        "own": kernels,
+        "no pages": kernels,
+        "any of": everything,
+        "mask": everything,
+        "thread": everything,
+        "no pagemap": "-1",
+        "pipe": "3",
+        "mode": "640",
+        "none": "2",
+        "child": kernels,
+    }
+    assert told["smaps of its own"] != told["smaps of another"]
+
+
+def test_smaps_are_the_kernels_where_nothing_is_told(tmp_path: Path) -> None:
+    def doubt(_: int) -> bytes:
+        raise BlockingIOError
+
+    smaps = Path("/proc/self/smaps").read_text()[:8]
+    for mappings in (None, doubt):
+        assert ask(tmp_path, mappings, os.getpid())["smaps of another"] == smaps
 
 
 @pytest.mark.parametrize("compiler", ["cc", "aarch64-linux-gnu-gcc"])
