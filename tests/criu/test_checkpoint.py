@@ -280,10 +280,10 @@ def test_a_criu_that_does_not_scan_makes_a_lazy_dump(images_root: Path) -> None:
 
 @in_own_namespaces
 def test_the_commands(images_root: Path) -> None:
-    criu = ("--criu", str(criu_path()))
+    criu, lasting = ("--criu", str(criu_path())), ("--leave-running", "--track-for", "1h")
     with restorable_churn(images_root, seed=11) as target:
         pid = str(target.pid)
-        done = command("checkpoint", "-t", pid, "-D", images_root / "1", *criu, "--leave-running")
+        done = command("checkpoint", "-t", pid, "-D", images_root / "1", *lasting, *criu)
         assert done.code == 0, done
         assert "CRIU 4" in done.out
         target.step(50)
