@@ -174,7 +174,7 @@ def test_what_doctor_finds_is_told_whole(width: int, capsys: Capture) -> None:
         "path": FAR,
         "named_by": "PATH",
     }
-    doctor._show({"auto": "uffd-wp", "limits": [], "tracked": [], "criu": criu}, features, verdicts)
+    doctor._show({"auto": "uffd-wp", "limits": [], "tracked": [], "holder": None, "criu": criu}, features, verdicts)
     shown = whole(capsys.readouterr().out, width)
     has(shown, "userfaultfd_user_mode no", "soft-dirty no", "uffd-wp works", FAR)
     for word in ("WPALLOWED", "SOFT_DIRTY", "511"):
