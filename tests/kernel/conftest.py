@@ -16,12 +16,20 @@ import pytest
 from incdump.images import images_dir, proved
 from incdump.images.framing import read_file
 from tests.command import ROOT
+from tests.kernel.support import Odd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NOBODY = 65534
 CAN_DUMP = "import anyio, click, google.protobuf, numpy, rich, uvloop, xxhash"
+
+
+@pytest.fixture
+def odd() -> Iterator[Odd]:
+    """A victim that makes unusual memory."""
+    with Odd() as target:
+        yield target
 
 
 @pytest.fixture(scope="session")

@@ -160,13 +160,6 @@ async def test_cancelled_at_each_step(odd: Odd, images_root: Path, kind: str, na
     await chain.prove()
 
 
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
 @pytest.mark.parametrize("native", [False, True], ids=["scope", "task"])
 @pytest.mark.parametrize("afterwards", ["killed", "stopped"])
 async def test_a_cancelled_dump_leaves_a_running_target_or_whole_images(

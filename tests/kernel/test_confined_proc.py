@@ -31,13 +31,6 @@ def _needs() -> None:
         pytest.skip("needs the right to mount")
 
 
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
 def within(
     setting: str, *words: object, by: str = "", python: str = sys.executable, env: dict[str, str] | None = None,
     cwd: str | Path = "/",

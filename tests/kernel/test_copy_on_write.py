@@ -32,13 +32,6 @@ pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 MERGEABLE = 12  # madvise(2): let KSM look at it
 
 
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
 def mapped_once(pid: int, address: int, pages: int) -> int:
     """How many of these pages are present and mapped by nobody else (bit 56 of pagemap entries)."""
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -37,22 +37,12 @@ from tests.kernel.support import (
 )
 from tests.targets.build import cat
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 
 
 @pytest.fixture(autouse=True)
 def _uffd_wp() -> None:
     require_tracker("uffd-wp")
-
-
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
 
 
 async def test_it_starts_on_demand_and_ends_with_its_last_target(images_root: Path) -> None:

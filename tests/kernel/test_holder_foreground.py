@@ -43,13 +43,6 @@ def _needs() -> None:
     require_tracker("uffd-wp")
 
 
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
 @contextlib.contextmanager
 def foreground(**environment: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """``incdump holder``, and what it says when it is ready."""

@@ -41,13 +41,6 @@ def _needs() -> None:
 
 
 @pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
-@pytest.fixture
 def chain(odd: Odd, images_root: Path) -> Chain:
     """A chain of one pre-dump."""
     chain = Chain(odd, images_root)

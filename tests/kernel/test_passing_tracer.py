@@ -54,13 +54,6 @@ def traced(pid: int, seconds: float) -> Iterator[int]:
 
 
 @pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
-@pytest.fixture
 def child(odd: Odd) -> int:
     """A child of it: the checks look at the root alone."""
     return odd.do("fork")[0]

@@ -40,13 +40,6 @@ FOREIGN_PROC = ("unshare", "--fork", "--pid")
 OWN_PROC = ("unshare", "--fork", "--pid", "--mount-proc")
 
 
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
-
-
 def within(how: tuple[str, ...], program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a Python program in a pid namespace of its own, after some processes that use up small numbers."""
     require_root()

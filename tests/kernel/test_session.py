@@ -29,7 +29,7 @@ from tests.kernel.support import (
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.targets.build import Target
 
@@ -39,13 +39,6 @@ pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 @pytest.fixture(autouse=True)
 def _uffd_wp() -> None:
     require_tracker("uffd-wp")
-
-
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
 
 
 async def test_a_session_keeps_the_tracking_itself_and_gives_it_up_at_its_end(odd: Odd, images_root: Path) -> None:

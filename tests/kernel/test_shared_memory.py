@@ -20,18 +20,11 @@ from tests.command import environment
 from tests.kernel.support import Chain, Odd, build_victim, require_root, same_when_stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.targets.build import Target
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
-
-
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
 
 
 def segments(chain: Chain) -> list[str]:

@@ -42,7 +42,7 @@ from tests.kernel.support import (
 from tests.targets import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.targets.build import Target
 
@@ -56,13 +56,6 @@ MADV_DONTNEED, MADV_PAGEOUT, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 21, 14, 25
 @pytest.fixture(autouse=True)
 def _uffd_wp() -> None:
     require_tracker(os.environ.get("INCDUMP_TEST_TRACKER", "uffd-wp"))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
 
 
 async def rounds(odd: Odd, root: Path, *commands: str, reader: str = "scan") -> Chain:

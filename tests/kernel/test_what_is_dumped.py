@@ -14,8 +14,6 @@ from tests import oracle
 from tests.kernel.support import Chain, Odd, same_when_stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from incdump.model.options import PagemapName
 
 pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
@@ -23,13 +21,6 @@ pytestmark = [pytest.mark.kernel, pytest.mark.asyncio]
 PAGE = 4096
 PROT_NONE, PROT_READ, PROT_RW = 0, 1, 3
 MADV_DONTNEED, MADV_FREE, MADV_MERGEABLE, MADV_GUARD_INSTALL, MADV_GUARD_REMOVE = 4, 8, 12, 102, 103
-
-
-@pytest.fixture
-def odd() -> Iterator[Odd]:
-    """A victim that makes unusual memory."""
-    with Odd() as target:
-        yield target
 
 
 @pytest.fixture(params=["scan", "cache", "plain"])
