@@ -11,7 +11,7 @@ import click
 
 from incdump.cli.completion import directories, processes
 from incdump.cli.dumping import stall_timeout_option
-from incdump.cli.durations import DURATION
+from incdump.cli.durations import time_option
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -47,14 +47,7 @@ Examples:
     shell_complete=processes,
     help="Freeze this tree and compare every page of it.",
 )
-@click.option(
-    "--timeout",
-    type=DURATION,
-    default="10s",
-    metavar="TIME",
-    show_default=True,
-    help="With --against: how long to wait for every thread to stop.",
-)
+@time_option("--timeout", "10s", "With --against: how long to wait for every thread to stop.")
 @stall_timeout_option
 @json_option
 @verbose_option

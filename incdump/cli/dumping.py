@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from incdump.cli.completion import directories, files, parents, processes
-from incdump.cli.durations import DURATION, DURATION_OR_NONE
+from incdump.cli.durations import DURATION_OR_NONE, time_option
 from incdump.cli.invocation import Invocation, json_option, print_json, verbose_option
 from incdump.cli.log import Log
 from incdump.cli.signals import run
@@ -39,13 +39,10 @@ if TYPE_CHECKING:
 _DAY = 86400
 Kind = Literal["pre-dump", "dump", "checkpoint"]
 
-stall_timeout_option = click.option(
+stall_timeout_option = time_option(
     "--stall-timeout",
-    type=DURATION,
-    default="30s",
-    metavar="TIME",
-    show_default=True,
-    help="How long the target may stand still while nothing gets done; it is let run on then, and the dump fails.",
+    "30s",
+    "How long the target may stand still while nothing gets done; it is let run on then, and the dump fails.",
 )
 
 track_for_option = click.option(
@@ -64,13 +61,11 @@ thp_option = click.option(
     help="Transparent huge pages that are tracked. split: the first write to one splits it, and is told page by page. "
     "keep: they stay, and each is dumped whole every time.",
 )
-wait_for_lazy_option = click.option(
+wait_for_lazy_option = time_option(
     "--wait-for-lazy",
-    type=DURATION_OR_NONE,
-    default="0s",
-    metavar="TIME",
-    show_default=True,
-    help="How long to wait for pages that another program has yet to supply (a lazy restore), before anything is done.",
+    "0s",
+    "How long to wait for pages that another program has yet to supply (a lazy restore), before anything is done.",
+    DURATION_OR_NONE,
 )
 
 _TARGET_OPTIONS = (
@@ -125,14 +120,7 @@ _DUMP_OPTIONS = (
     click.option(
         "--require-incremental", is_flag=True, help="Fail rather than dump everything in spite of --prev-images-dir."
     ),
-    click.option(
-        "--timeout",
-        type=DURATION,
-        default="10s",
-        metavar="TIME",
-        show_default=True,
-        help="How long to wait for every thread to stop.",
-    ),
+    time_option("--timeout", "10s", "How long to wait for every thread to stop."),
     stall_timeout_option,
     wait_for_lazy_option,
     track_for_option,

@@ -7,9 +7,12 @@ and means that; where people have taken it for milliseconds (``--downtime``) it 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _UNITS = {"ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST = 1e8
@@ -51,3 +54,14 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
 DURATION = Duration()
 DURATION_OR_NONE = Duration(bare=False, zero=True)
 DOWNTIME = Duration(bare=False)
+
+
+def time_option(
+    name: str, default: str, text: str, kind: Duration = DURATION
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option for a time, for a click command.
+
+    :param default: as it would be typed.
+    :param text: its help.
+    """
+    return click.option(name, type=kind, default=default, metavar="TIME", show_default=True, help=text)

@@ -9,7 +9,7 @@ import click
 
 from incdump.cli.address import PEER
 from incdump.cli.dumping import stall_timeout_option, thp_option, tree_options, wait_for_lazy_option
-from incdump.cli.durations import DURATION
+from incdump.cli.durations import time_option
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -70,9 +70,7 @@ Examples:
     help="If the connection dies in the moment of the switch, and it cannot be found out whether the tree runs there: "
     "what becomes of it here.",
 )
-@click.option(
-    "--asking", type=DURATION, default="1m", metavar="TIME", show_default=True, help="How long to try to find that out."
-)
+@time_option("--asking", "1m", "How long to try to find that out.")
 @click.option(
     "--compression",
     type=click.Choice(COMPRESSIONS),

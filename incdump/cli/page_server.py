@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.completion import directories, parents
-from incdump.cli.durations import DURATION
+from incdump.cli.durations import time_option
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -67,14 +67,7 @@ Examples:
     "--rounds", type=click.IntRange(min=1), metavar="N", help="End after N sessions, which go to DIR/1, DIR/2, ..."
 )
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a session.")
-@click.option(
-    "--timeout",
-    type=DURATION,
-    default="120s",
-    metavar="TIME",
-    show_default=True,
-    help="How long a client may be silent.",
-)
+@time_option("--timeout", "120s", "How long a client may be silent.")
 @click.option(
     "--status-fd",
     type=click.IntRange(min=0),

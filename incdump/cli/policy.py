@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from incdump.cli.dumping import all_of
-from incdump.cli.durations import DOWNTIME, DURATION
+from incdump.cli.durations import DOWNTIME, time_option
 from incdump.model.precopy import ON_TIMEOUT, PrecopyPolicy
 
 if TYPE_CHECKING:
@@ -24,14 +24,7 @@ policy_options = all_of(
             show_default=True,
             help="How long it may stand still: a number with its unit, 50ms or 1.5s.",
         ),
-        click.option(
-            "--timeout",
-            type=DURATION,
-            default="10m",
-            metavar="TIME",
-            show_default=True,
-            help="The loop has to end by then.",
-        ),
+        time_option("--timeout", "10m", "The loop has to end by then."),
         click.option(
             "--on-timeout",
             type=click.Choice(ON_TIMEOUT),
@@ -46,23 +39,11 @@ policy_options = all_of(
 )
 """What makes a `PrecopyPolicy`, for a click command."""
 
-freeze_timeout_option = click.option(
-    "--freeze-timeout",
-    type=DURATION,
-    default="10s",
-    metavar="TIME",
-    show_default=True,
-    help="How long to wait for every thread to stop.",
-)
+freeze_timeout_option = time_option("--freeze-timeout", "10s", "How long to wait for every thread to stop.")
 
 
-hook_timeout_option = click.option(
-    "--hook-timeout",
-    type=DURATION,
-    default="30s",
-    metavar="TIME",
-    show_default=True,
-    help="How long the hook may take at each step; then it is killed, and counts as failed.",
+hook_timeout_option = time_option(
+    "--hook-timeout", "30s", "How long the hook may take at each step; then it is killed, and counts as failed."
 )
 
 

@@ -10,7 +10,7 @@ import click
 
 from incdump.cli.address import ADDRESS
 from incdump.cli.completion import directories
-from incdump.cli.durations import DURATION
+from incdump.cli.durations import time_option
 from incdump.cli.invocation import (
     Command,
     Invocation,
@@ -68,14 +68,7 @@ Examples:
 )
 @hook_timeout_option
 @click.option("--max-bytes", type=click.IntRange(min=0), metavar="N", help="Refuse more bytes of pages in a round.")
-@click.option(
-    "--timeout",
-    type=DURATION,
-    default="30s",
-    metavar="TIME",
-    show_default=True,
-    help="How long the source may be silent.",
-)
+@time_option("--timeout", "30s", "How long the source may be silent.")
 @criu_option
 @tls_options
 @criu_arguments
