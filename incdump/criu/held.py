@@ -10,20 +10,18 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+from incdump.criu.running import RunningCriu
+
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Callable
 
 
-class HeldCriu:
+class HeldCriu(RunningCriu):
     """A CRIU that is running, its scans being answered by a thread of its own.
 
     :ivar scanned: the other processes whose memory it has scanned; it has looked at their mappings before.
     :ivar told: the processes of which it was told the mappings.
     """
-
-    _process: subprocess.Popen[bytes]
-    _thread: threading.Thread
 
     def __init__(self, mappings: Callable[[int], bytes] | None, on_scan: Callable[[], None]) -> None:
         self._mappings = mappings
@@ -42,29 +40,6 @@ class HeldCriu:
     def go_on(self) -> None:
         """Its first scan may end, or end at once when it comes."""
         self._may_go_on.set()
-
-    def has_ended_within(self, seconds: float) -> bool:
-        """Wait for its end for some time. Blocks."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def wait(self) -> int:
-        """Wait until it has ended. Blocks.
-
-        :returns: its exit status; negative for a signal.
-        """
-        self._thread.join()
-        return self._process.wait()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not ended yet, as far as is known."""
-        return self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._process.pid
 
     def ask_to_end(self) -> None:
         """Send it SIGTERM. Only before it has touched the tree: a process that it works on does not survive its end."""

@@ -18,6 +18,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from incdump.criu.program import UMASK, own_file, spare
+from incdump.criu.running import RunningCriu
 from incdump.proc.limits import as_before, starting
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ FORCE_CLOSE = 0x1024
 _LONG_HEADERS_SINCE = (4, 2)
 
 
-class LazyCriu:
+class LazyCriu(RunningCriu):
     """A CRIU that is running a lazy dump, for which nobody will ask.
 
     :param command: the program and its arguments, for ``dump``.
@@ -67,29 +68,6 @@ class LazyCriu:
             self._process.wait()
         finally:
             self._on_end()
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it has not ended yet, as far as is known."""
-        return self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        """Its number."""
-        return self._process.pid
-
-    def has_ended_within(self, seconds: float) -> bool:
-        """Wait for its end for some time. Blocks."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def wait(self) -> int:
-        """Wait until it has ended. Blocks.
-
-        :returns: its exit status; negative for a signal.
-        """
-        self._thread.join()
-        return self._process.wait()
 
 
 def _force_close(version: tuple[int, ...]) -> bytes:

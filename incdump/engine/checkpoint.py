@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from incdump.criu.program import Criu
+    from incdump.criu.running import RunningCriu
     from incdump.engine.pipeline import PageOwner, Pipeline
     from incdump.holder.client import Keeper
     from incdump.images.new_dir import NewImagesDir
@@ -379,8 +380,8 @@ class CheckpointRun(DumpRun):
         """:raises StopStalled: CRIU was told to let the tree go."""
         if self._stalled:
             raise StopStalled(
-                f"nothing got done for {self._options.stall_timeout:g} s while process {self._pid} stood still, so "
-                "CRIU was had let it run on: is it the images' file system or the page server that does not answer?",
+                f"nothing got done for {self._options.stall_timeout:g} s while process {self._pid} stood still, "
+                "and CRIU was told to let it run: does the images' file system or the page server not answer?",
                 pid=self._pid,
             )
 
@@ -545,7 +546,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._scanned = asyncio.Event()
         self._ended = asyncio.Event()
-        self._criu: HeldCriu | LazyCriu | None = None
+        self._criu: RunningCriu | None = None
 
     def start(self) -> None:
         """Start it. Blocks.
@@ -677,7 +678,7 @@ class _Run:
             return await in_thread(self._end, self._criu, bounded)
         raise AssertionError  # a shielded scope swallows nothing
 
-    def _end(self, criu: HeldCriu | LazyCriu, bounded: bool) -> int | None:
+    def _end(self, criu: RunningCriu, bounded: bool) -> int | None:
         if bounded and isinstance(criu, HeldCriu) and not self._gate.has_begun:
             criu.ask_to_end()
         while not criu.has_ended_within(_GATE_POLL):
