@@ -23,7 +23,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import anyio
@@ -37,7 +36,7 @@ from incdump.engine.process import Means, ProcessDump, Warn
 from incdump.engine.reach import refuse_out_of_reach
 from incdump.engine.segments import SegmentDump, find_segments
 from incdump.engine.tasks import first_cause
-from incdump.engine.threads import in_thread, unbroken
+from incdump.engine.threads import in_thread, surely_in_thread
 from incdump.engine.trackers import choose
 from incdump.errors import ImagesOutOfReach, LazyMemory, TargetExited, TargetUnsuitable, TrackerLost
 from incdump.freeze.seize import Freezer
@@ -228,9 +227,7 @@ class DumpRun:
                 for owner in self._all_owners():
                     steps.callback(owner.close)
             if failed:  # by now none of the files is open: FUSE and NFS would keep it, under another name
-                _, cancelled = await unbroken(partial(in_thread, self._undo))
-                if cancelled is not None:
-                    raise cancelled
+                await surely_in_thread(self._undo)
         self._stats.total_time = (time.monotonic_ns() - began) // 1000
         return self._result(self._images)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from incdump.engine.dump import DumpRun
 from incdump.engine.mappings import WrittenMappings
 from incdump.engine.reach import refuse_shut
 from incdump.engine.tasks import first_cause
-from incdump.engine.threads import in_thread, unbroken
+from incdump.engine.threads import in_thread, surely_in_thread
 from incdump.engine.throttle import Throttle
 from incdump.errors import DidNotConverge, IncdumpError, XferError
 from incdump.holder.client import HolderKeeper, forget
@@ -241,9 +240,7 @@ class Loop:
             is_to_go_on = self._policy.final == "none"
         finally:
             if not is_to_go_on and self._options.track_for is None:
-                _, cancelled = await unbroken(partial(in_thread, self._end_tracking))
-                if cancelled is not None:
-                    raise cancelled
+                await surely_in_thread(self._end_tracking)
         self._took()
 
     def _refuse_shut(self) -> None:

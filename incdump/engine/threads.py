@@ -94,6 +94,16 @@ async def unbroken(job: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, asynci
     return task.result(), cancelled
 
 
+async def surely_in_thread(function: Callable[[], object]) -> None:
+    """Call a blocking function in a worker thread, whoever is cancelled: for what must not be left undone.
+
+    :raises asyncio.CancelledError: somebody was meanwhile, once it has ended.
+    """
+    _, cancelled = await unbroken(lambda: in_thread(function))
+    if cancelled is not None:
+        raise cancelled
+
+
 async def _wait_ended(call: _Call) -> None:
     """Wait for a thread that was begun, through any number of cancellations; the caller raises its own."""
     while not call.ended.is_set():

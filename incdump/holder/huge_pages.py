@@ -19,6 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from incdump._uapi.libc import ioctl, syscall
+from incdump._uapi.pagemap_scan import PAGEMAP_SCAN
 from incdump.errors import IncdumpError
 from incdump.holder.start import await_first_process, spawn
 from incdump.proc.identity import has_ended, pid_of
@@ -26,7 +27,6 @@ from incdump.proc.identity import has_ended, pid_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PAGEMAP_SCAN = 0xC0606610
 _IS_PRESENT, _IS_FILE, _IS_HUGE = 1 << 3, 1 << 2, 1 << 6  # PAGE_IS_*, include/uapi/linux/fs.h
 _SYS_PROCESS_MADVISE = 440  # of all architectures
 _MADV_COLLAPSE = 25
@@ -104,7 +104,7 @@ def _scan(pid: int, lo: int, hi: int, wanted: int, unwanted: int) -> Iterator[tu
             argument = (ctypes.c_uint64 * 12)(
                 96, 0, lo, hi, 0, ctypes.addressof(regions), _REGIONS, 0, unwanted, mask, 0, 0
             )
-            count = ioctl(fd, _PAGEMAP_SCAN, ctypes.addressof(argument))
+            count = ioctl(fd, PAGEMAP_SCAN, ctypes.addressof(argument))
             for i in range(count):
                 start, end = regions[3 * i], regions[3 * i + 1]
                 if begun is not None and begun[1] == start:
