@@ -29,7 +29,10 @@ def refuse_served(path: str | os.PathLike[str], root: int) -> None:
     :raises TargetUnsuitable: a process of the tree serves it, or may do so.
     :raises NoSuchTarget: there is no such root.
     """
-    if (pid := server_of(path, process_tree(root))) is not None:
+    connection = _fuse_connection(path)
+    if connection is None:
+        return
+    if (pid := _first_that_answers(process_tree(root), connection)) is not None:
         raise TargetUnsuitable(
             f"{os.fspath(path)} is on a file system that process {pid}, which is to be stopped, serves itself (FUSE): "
             "choose an images dir elsewhere",
@@ -46,6 +49,10 @@ def server_of(path: str | os.PathLike[str], tasks: Iterable[Task]) -> int | None
     connection = _fuse_connection(path)
     if connection is None:
         return None
+    return _first_that_answers(tasks, connection)
+
+
+def _first_that_answers(tasks: Iterable[Task], connection: int) -> int | None:
     return next((task.pid for task in tasks if _answers(task.pid, connection)), None)
 
 
