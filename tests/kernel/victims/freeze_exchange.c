@@ -1,5 +1,5 @@
 /* Exchanges blocks of memory, as an allocator does: value[0] counts the exchanges, value[1] the failures.
- * argv[2]: number of blocks of 16 KiB. */
+ * It rests while value[2] is set. argv[2]: number of blocks of 16 KiB. */
 #include "freeze_board.h"
 
 int main(int argc, char **argv)
@@ -14,6 +14,11 @@ int main(int argc, char **argv)
         block[i] = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     ready();
     while (!board->quit) {
+        if (board->value[2]) {
+            beat();
+            usleep(1000);
+            continue;
+        }
         long i = rand_r(&seed) % blocks;
         if (munmap(block[i], size))
             add(&board->value[1], 1);
